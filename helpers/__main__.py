@@ -1,0 +1,117 @@
+"""The command line: `python -m helpers --help`. Each command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from helpers import environment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code (0 done, 1 failed, 2 bad input)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except ValueError as error:  # every bad value of ours is one, with a sentence of its own
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers", description="A small language model becomes an MLflow model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    setup = commands.add_parser("setup", help="make .venv hold what requirements.lock says")
+    setup.set_defaults(command=lambda options: environment.setup() and None)
+
+    lock = commands.add_parser("lock", help="resolve pyproject.toml again and write requirements.lock")
+    lock.set_defaults(command=lambda options: environment.write_lock())
+
+    fetch = commands.add_parser(
+        "fetch", help="fetch a model and convert it to ONNX, so that all else runs offline"
+    )
+    fetch.add_argument(
+        "model",
+        nargs="?",
+        default="smollm2-135m",
+        help="catalogue key, Hub id or folder (default: %(default)s)",
+    )
+    fetch.add_argument(
+        "--precision", action="append", help="fp32, int8 or int4; repeat for several (default: all three)"
+    )
+    fetch.add_argument("--offline", action="store_true", help="only check what is there")
+    fetch.set_defaults(command=_fetch)
+
+    run = commands.add_parser("run", help="run the notebooks headless")
+    run.add_argument(
+        "notebooks",
+        nargs="*",
+        choices=["01", "02"],
+        default=["01", "02"],
+        help="01, 02 or both (default: both)",
+    )
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        dest="parameters",
+        help="a notebook parameter; papermill --help-notebook NOTEBOOK lists them",
+    )
+    run.add_argument(
+        "--output",
+        type=Path,
+        default=environment.ROOT / "out",
+        help="folder of the executed notebooks (default: out)",
+    )
+    run.set_defaults(command=_run)
+
+    save = commands.add_parser("save", help="execute the notebooks and save them in place with their outputs")
+    save.set_defaults(command=_save)
+    return parser
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from helpers.models import catalog, export, fetch
+
+    model = catalog.find(options.model)
+    folders = [fetch.checkpoint(model, offline=options.offline)]
+    folders += [
+        export.onnx_folder(model, precision, offline=options.offline)
+        for precision in options.precision or model.published or catalog.PRECISIONS
+    ]
+    for folder in folders:
+        if folder.is_relative_to(fetch.weights_dir()):
+            fetch.verify(folder)
+        print(f"{os.path.relpath(folder)}: whole")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from helpers.workshop import notebooks
+
+    chosen = notebooks.select(options.notebooks, dict(options.parameters))
+    for page in notebooks.run(chosen, options.output):
+        print(f"Read it: {os.path.relpath(page)}")
+
+
+def _save(options: argparse.Namespace) -> None:
+    from helpers.workshop import notebooks
+
+    notebooks.save()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

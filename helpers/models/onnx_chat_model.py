@@ -1,0 +1,434 @@
+"""A small language model in ONNX as an MLflow model: many rows, streams, and many callers at once.
+
+MLflow copies this one file into the logged model ("models from code"): it imports nothing from its project.
+
+`Phi3Model` reads and checks what a caller asks; each row becomes a `Completion`, the answer while it is made;
+one `Decoder` thread decodes the rows of all callers in batches. `predict` and `predict_stream` both read
+Completions, so that a stream and a whole answer are the same. Written for onnxruntime-genai 0.18.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import mlflow
+import numpy as np
+import onnxruntime_genai as og
+import pandas as pd
+
+if hasattr(og, "disable_telemetry_events"):
+    og.disable_telemetry_events()
+
+LARGE = 2**31 - 1
+PARAMS = {  # what a call may ask: the default, then the lowest and the highest value of a number
+    "max_new_tokens": (256, 1, LARGE),  # longest answer, in tokens
+    "temperature": (0.0, 0, 100),  # 0: greedy, the likeliest token each time; above: sampled
+    "top_p": (1.0, 0, 1),  # sample among the likeliest tokens that together have this probability
+    "top_k": (50, 0, LARGE),  # sample among this many of the likeliest tokens; 0: all
+    "repetition_penalty": (1.0, 0.1, 10),  # above 1: what the text already holds becomes less likely
+    "seed": (
+        -1,
+        -1,
+        LARGE,
+    ),  # the same call with the same seed gives the same answers; -1: new ones each time
+    "stop": ([""],),  # the answer ends before the first of these texts; "" stands for none
+    "json_schema": ("",),  # a JSON schema, as a string, which the answer fits unless it was cut ("length")
+}
+CONFIG = {  # `model_config` when logging or loading, in the same way
+    "threads": (0, 0, 1024),  # CPU threads; 0: every core that this process may use
+    "provider": ("cpu",),  # or "cuda", "dml"
+    "max_batch_rows": (16, 1, 1024),
+    "max_batch_tokens": (0, 0, LARGE),  # rows x (longest prompt + longest answer); 0: what KV_BYTES hold
+}
+DEFAULT_PARAMS = {name: default for name, (default, *_) in PARAMS.items()}
+DEFAULT_CONFIG = {name: default for name, (default, *_) in CONFIG.items()}
+NOUNS = {int: "a whole number", float: "a number", str: "a string", list: "a list of strings"}
+PROVIDERS = {
+    "cpu": "onnxruntime-genai",
+    "cuda": "onnxruntime-genai-cuda",
+    "dml": "onnxruntime-genai-directml",
+}
+ROLES = ("system", "user", "assistant", "tool")
+KV_BYTES = 2 * 2**30  # for each active batch; a token takes 45 KiB with SmolLM2-135M, 768 KiB with Phi-3-mini
+ACTIVE_BATCHES = 2  # decoded in turn, so that a late caller need not wait for the end of a long answer
+PREFILL_TOKENS = 256  # a longer prompt is read alone and in parts: genai holds the GIL while it reads
+
+
+class Completion:
+    """One row's answer while it is made: iterate for its text piece by piece, or wait for `result()`.
+
+    Then it holds `text`; `prompt_tokens` and `completion_tokens` (an end-of-sequence token counts);
+    `finish_reason` ("stop", "length", or "closed" after `close()`); `time_to_first_token` and `seconds`, both
+    since `generate` was called, so with the wait for a turn.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, params: dict, group: tuple, eos: frozenset, stream: og.TokenizerStream
+    ):
+        self.text, self.finish_reason = "", None
+        self.prompt_tokens, self.completion_tokens = len(ids), 0
+        self.time_to_first_token = self.seconds = None
+        self.ids, self.params, self.group = ids, params, group
+        self._eos, self._stream, self._stop = eos, stream, [text for text in params["stop"] if text]
+        self._started, self._error, self._pieces, self._held = time.perf_counter(), None, [], ""
+        self._news, self._over = threading.Condition(), threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the text from its beginning, as it is decoded, in whole characters. Leaving early closes."""
+        sent = 0
+        try:
+            while True:
+                with self._news:
+                    while sent == len(self._pieces) and not self.finish_reason:
+                        self._news.wait()
+                if sent == len(self._pieces):
+                    break
+                yield self._pieces[sent]
+                sent += 1
+            self.result()
+        finally:
+            self.close()
+
+    def result(self) -> "Completion":
+        """Wait for the end. Raises RuntimeError when decoding failed."""
+        self._over.wait()
+        if self._error:
+            raise RuntimeError(f"Decoding failed: {self._error}") from self._error
+        return self
+
+    def close(self) -> None:
+        """End the work, if it still goes on, and keep the text so far."""
+        self.advance("", "closed")
+
+    def push(self, token: int) -> bool:
+        """Take the row's next token (in the decoder's thread); whether the row goes on."""
+        if self.finish_reason:
+            return False
+        self.completion_tokens += 1
+        if self.time_to_first_token is None:
+            self.time_to_first_token = time.perf_counter() - self._started
+        if token in self._eos:
+            return self.advance(self._held, "stop")
+        self._held += self._stream.decode(token)  # "" until a character is whole
+        if ends := [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]:
+            return self.advance(self._held[: min(ends)[1]], "stop")
+        if self.completion_tokens == self.params["max_new_tokens"]:
+            return self.advance(self._held, "length")
+        # What may be the beginning of a stop text waits for the next token.
+        starts = [
+            size for stop in self._stop for size in range(1, len(stop)) if self._held.endswith(stop[:size])
+        ]
+        ready = len(self._held) - max(starts, default=0)
+        piece, self._held = self._held[:ready], self._held[ready:]
+        return self.advance(piece)
+
+    def advance(self, piece: str, reason: str | None = None, error: Exception | None = None) -> bool:
+        """Add a piece of text, and end the row if there is a reason to; whether the row goes on."""
+        with self._news:
+            if self.finish_reason is None:
+                if piece:
+                    self._pieces.append(piece)
+                if reason:
+                    self.text, self._error = "".join(self._pieces), error
+                    self.seconds, self.finish_reason = time.perf_counter() - self._started, reason
+                    self._over.set()
+                self._news.notify_all()
+            return self.finish_reason is None
+
+
+class Decoder:
+    """Decodes rows in batches, in one thread that lives while there is work."""
+
+    def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):
+        self.model, self.pad, self.max_rows, self.max_tokens = model, pad, max_rows, max_tokens
+        self.pending, self.lock, self.running = [], threading.Lock(), False
+
+    def submit(self, rows: list[Completion]) -> None:
+        """Queue rows and return at once."""
+        with self.lock:
+            self.pending += rows
+            if not self.running:
+                self.running = True
+                threading.Thread(target=self.run, name="decoder", daemon=True).start()
+
+    def run(self) -> None:
+        """Step the active batches in turn until no row is left."""
+        active = deque()
+        while True:
+            with self.lock:
+                if len(active) < ACTIVE_BATCHES and (rows := self.gather()):
+                    active.append((rows, self.decode(rows)))
+                if not active:
+                    self.running = False
+                    return
+            rows, steps = active.popleft()
+            try:
+                next(steps)
+                active.append((rows, steps))
+            except StopIteration:
+                if len(rows) > 1 and not active:
+                    time.sleep(0.005)  # callers answered together ask again together: wait for them
+            except Exception as error:
+                for row in rows:  # without its traceback, which would keep the batch's memory
+                    row.advance("", "error", error.with_traceback(None))
+
+    def gather(self) -> list[Completion]:
+        """Take the oldest row, and all that can share its batch, from the queue."""
+        taken, left = [], []
+        for row in self.pending:
+            if row.finish_reason is None:
+                (taken if not taken or self.fit([*taken, row]) else left).append(row)
+        self.pending = left
+        return taken
+
+    def fit(self, rows: list[Completion]) -> bool:
+        """Whether rows can share a batch: one group, within the bounds, padding no more than half of it."""
+        if len(rows) > self.max_rows or rows[-1].group != rows[0].group:
+            return False
+        lengths = [row.prompt_tokens for row in rows]
+        width = max(lengths) + max(row.params["max_new_tokens"] for row in rows)
+        return len(rows) * width <= self.max_tokens and len(rows) * max(lengths) <= 2 * sum(lengths)
+
+    def decode(self, rows: list[Completion]) -> Iterator[None]:
+        """Decode one batch: each `next` reads a part of the prompt, or makes one token for every row.
+
+        KV memory is reserved for the longest prompt and answer, not for the model's context. genai pads the
+        rows that have ended until the last one has.
+        """
+        first, longest = rows[0].params, max(row.prompt_tokens for row in rows)
+        options = {"do_sample": first["temperature"] > 0, "repetition_penalty": first["repetition_penalty"]}
+        if options["do_sample"]:
+            options |= {name: first[name] for name in ("temperature", "top_p", "top_k")}
+            options["random_seed"] = first["seed"]
+        longest_answer = max(row.params["max_new_tokens"] for row in rows)
+        search = og.GeneratorParams(self.model)
+        search.set_search_options(batch_size=len(rows), max_length=longest + longest_answer, **options)
+        if first["json_schema"]:
+            search.set_guidance("json_schema", first["json_schema"])
+        generator = og.Generator(self.model, search)
+        prompts = np.full((len(rows), longest), self.pad, np.int32)
+        for line, row in zip(prompts, rows, strict=True):
+            line[: len(row.ids)] = row.ids
+        parts = (
+            np.split(prompts[0], range(PREFILL_TOKENS, longest, PREFILL_TOKENS))
+            if len(rows) == 1
+            else [prompts]
+        )
+        live = list(enumerate(rows))
+        for part in parts:
+            generator.append_tokens(part)
+            yield
+            live = [(index, row) for index, row in live if not row.finish_reason]
+            if not live:
+                return
+        while live:
+            generator.generate_next_token()
+            tokens = generator.get_next_tokens().tolist()
+            live = [(index, row) for index, row in live if row.push(tokens[index])]
+            yield
+
+
+class Phi3Model(mlflow.pyfunc.PythonModel):
+    """A prompt in, an answer out. PARAMS lists what a call may ask, CONFIG what a load may."""
+
+    def load_context(self, context) -> None:
+        """Load the ONNX folder `context.artifacts["phi3-mini-onnx"]` as `context.model_config` says.
+
+        Raises ValueError for an impossible setting, or a provider that the installed package lacks.
+        """
+        config = check(context.model_config, CONFIG, "model_config")
+        folder, provider = Path(context.artifacts["phi3-mini-onnx"]), config["provider"]
+        if provider not in PROVIDERS:
+            raise ValueError(f"model_config {provider=} is not one of {', '.join(PROVIDERS)}.")
+        if not {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}[provider]:
+            raise ValueError(f"{provider=} needs its device, and {PROVIDERS[provider]} installed instead.")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        session = {"intra_op_num_threads": config["threads"] or cores}
+        settings = og.Config(str(folder))
+        settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        settings.clear_providers()
+        if provider != "cpu":
+            settings.append_provider(provider)
+        self.model = og.Model(settings)
+        self.tokenizer = og.Tokenizer(self.model)
+        facts = json.loads((folder / "genai_config.json").read_text())["model"]
+        self.context_length, self.vocabulary = facts["context_length"], facts["vocab_size"]
+        self.eos = frozenset(self.tokenizer.eos_token_ids.tolist())
+        layers = facts["decoder"]
+        kv_values = 2 * layers["num_hidden_layers"] * layers["num_key_value_heads"] * layers["head_size"]
+        max_tokens = config["max_batch_tokens"] or KV_BYTES // (4 * kv_values)
+        self.decoder = Decoder(self.model, self.tokenizer.pad_token_id, config["max_batch_rows"], max_tokens)
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        special = "|".join(re.escape(token["content"]) for token in added if len(token["content"]) > 1)
+        self.special = re.compile(rf"(?=(?:{special}))." if special else r"(?!)", re.DOTALL)
+
+    def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[str]:
+        """Answer every row's "prompt", in order."""
+        rows = self.generate(read_prompts(model_input), params)
+        with closing(rows):
+            return [row.result().text for row in rows]
+
+    def predict_stream(self, context, model_input: pd.DataFrame, params: dict | None = None) -> Iterator[str]:
+        """Yield the answer to one row in pieces that together are what `predict` returns."""
+        prompts = read_prompts(model_input)
+        if len(prompts) != 1:
+            raise ValueError(f"predict_stream answers one row, not {len(prompts)}; predict answers several.")
+        rows = self.generate(prompts, params)
+        with closing(rows):
+            yield from rows[0]
+
+    def generate(self, prompts: list, params: dict | None = None) -> list[Completion]:
+        """Start to answer prompts (strings, or arrays of token ids) in the background, and return at once.
+
+        Raises ValueError, and starts nothing, when a prompt or a parameter is impossible. A greedy answer is
+        the same alone and in any batch. Special tokens in a string count as such: see `encode_messages`.
+        """
+        params, call, rows = self.check_params(params), object(), []
+        for index, prompt in enumerate(prompts):
+            ids = self.encode_prompt(prompt, index, params["max_new_tokens"])
+            # In a batch, genai fails when a constrained row ends, and skips pad tokens that end a prompt.
+            alone = params["json_schema"] or ids[-1] == self.decoder.pad or len(ids) > PREFILL_TOKENS
+            owner = object() if alone else call if params["temperature"] else None
+            penalty = params["repetition_penalty"]
+            group = (owner, penalty, penalty != 1 and len(ids))  # a penalty would count the padding
+            row = params | {"seed": (params["seed"] + index) % 2**31 if params["seed"] >= 0 else -1}
+            rows.append(Completion(ids, row, group, self.eos, self.tokenizer.create_stream()))
+        self.decoder.submit(sorted(rows, key=lambda row: -row.prompt_tokens))
+        return rows
+
+    def check_params(self, params: dict | None) -> dict:
+        """The parameters of a call, complete; ValueError for an unknown name or an impossible value."""
+        params = check(params, PARAMS, "Parameter")
+        params["top_k"] = params["top_k"] if params["top_k"] < self.vocabulary else 0
+        if params["json_schema"]:
+            try:
+                # Fixed white space: a weak model would fill its answer with line feeds.
+                schema = {"x-guidance": {"whitespace_flexible": False}, **json.loads(params["json_schema"])}
+                params["json_schema"] = json.dumps(schema)
+                search = og.GeneratorParams(self.model)
+                search.set_search_options(max_length=1)
+                search.set_guidance("json_schema", params["json_schema"])
+                og.Generator(self.model, search)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise ValueError(f"Parameter json_schema is not a usable JSON schema: {error}.") from None
+        return params
+
+    def encode_prompt(self, prompt, index: int, max_new_tokens: int) -> np.ndarray:
+        """The token ids of prompt number `index`; ValueError if it is impossible."""
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+            ids = prompt
+            if not all(0 <= token < self.vocabulary for token in ids):
+                raise ValueError(f"prompt {index} has token ids outside 0 to {self.vocabulary - 1}.")
+        else:
+            ids = self.tokenizer.encode(check_text(prompt, f"prompt {index}"))
+        if not len(ids):
+            raise ValueError(f"prompt {index} is empty.")
+        if len(ids) > (room := max(0, self.context_length - max_new_tokens)):
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; {room} fit: the model's context of "
+                f"{self.context_length} less max_new_tokens={max_new_tokens}."
+            )
+        return ids
+
+    def apply_chat_template(self, messages: list[dict]) -> str:
+        """The prompt for [{"role": …, "content": …}, …], by the model's own template, up to the answer."""
+        messages = json.dumps(check_messages(messages))
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+    def encode_messages(self, messages: list[dict]) -> np.ndarray:
+        """The same prompt as token ids, in which special tokens written inside a content stay mere text.
+
+        Such text is cut after its first character, and the parts are encoded one by one.
+        """
+        cut, messages = uuid.uuid4().hex, check_messages(messages)
+        for message in messages:
+            message["content"] = self.special.sub(rf"\g<0>{cut}", message["content"])
+        first, *rest = self.apply_chat_template(messages).split(cut)
+        # Some tokenizers begin every text with a token or space of their own: let it go with a line feed.
+        feed = len(self.tokenizer.encode("\n"))
+        parts = [self.tokenizer.encode("\n" + part)[feed:] for part in rest]
+        return np.concatenate([self.tokenizer.encode(first), *parts])
+
+
+def check(given: dict | None, table: dict, kind: str) -> dict:
+    """The defaults of a table, updated by what is given (None: not given).
+
+    Raises ValueError for an unknown name, or a value of the wrong type or outside its range.
+    """
+    values = {name: value for name, value in (given or {}).items() if value is not None}
+    if unknown := sorted(values.keys() - table.keys()):
+        raise ValueError(f"{kind} {', '.join(unknown)} is not one of {', '.join(table)}.")
+    for name, value in values.items():
+        default, *limits = table[name]
+        if isinstance(value, np.generic | np.ndarray):
+            values[name] = value = value.tolist()
+        wanted = int | float if isinstance(default, float) else type(default)
+        fits = isinstance(value, wanted) and not isinstance(value, bool)
+        if isinstance(value, list):
+            fits = fits and all(isinstance(text, str) for text in value)
+        if not fits or (limits and not limits[0] <= value <= limits[1]):
+            between = " from {} to {}".format(*limits) if limits else ""
+            raise ValueError(f"{kind} {name}={value!r} is not {NOUNS[type(default)]}{between}.")
+    return {name: default for name, (default, *_) in table.items()} | values
+
+
+def check_text(text, what: str) -> str:
+    """The text, if it is one that a tokenizer takes whole; ValueError otherwise."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {text!r:.80}, not a string.")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{what} has a NUL character or half a surrogate pair: {text!r:.80}.")
+    return text
+
+
+def check_messages(messages: list[dict]) -> list[dict]:
+    """Roles and contents of chat messages; ValueError if one lacks them."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages={messages!r} is not a list of messages.")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"Message {number}, {message!r:.80}, has a role outside {', '.join(ROLES)}.")
+        check_text(message.get("content"), f"The content of message {number}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def read_prompts(model_input) -> list:
+    """The prompts of a DataFrame, a dict or a list of dicts; a cell may hold a list (MLflow makes such)."""
+    if isinstance(model_input, dict):
+        model_input = [model_input]
+    try:
+        table = isinstance(model_input, pd.DataFrame)
+        cells = model_input["prompt"] if table else [row["prompt"] for row in model_input]
+    except (KeyError, TypeError):
+        raise ValueError('The input has no "prompt": send {"prompt": "..."}.') from None
+    lists = (cell if isinstance(cell, list | tuple | np.ndarray) else [cell] for cell in cells)
+    return [prompt for prompts in lists for prompt in prompts]
+
+
+@contextmanager
+def closing(rows: list[Completion]) -> Iterator[None]:
+    """Close the rows at the end, however it comes, and count their tokens in the span around it, if any."""
+    span = mlflow.get_current_active_span()
+    try:
+        yield
+    finally:
+        for row in rows:
+            row.close()
+        if span:
+            usage = Counter(span.get_attribute("mlflow.chat.tokenUsage") or {})
+            for row in rows:
+                used = {"input_tokens": row.prompt_tokens, "output_tokens": row.completion_tokens}
+                usage.update(used | {"total_tokens": sum(used.values())})
+            span.set_attribute("mlflow.chat.tokenUsage", dict(usage))
+
+
+mlflow.models.set_model(Phi3Model())

@@ -1,0 +1,142 @@
+"""What a notebook may be asked for: one check, before any work, with one clear sentence when it fails."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from helpers.models import catalog
+
+
+class ParameterError(ValueError):
+    """A notebook parameter that cannot be used; its text is the one sentence the reader needs."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's hook: show the sentence, not forty frames
+        return [f"{type(self).__name__}: {self}"]
+
+
+def check(**parameters: object) -> catalog.Model:
+    """Check a notebook's parameters by name and return the catalogue entry of `model`.
+
+    Args:
+        parameters: any of the names in a `parameters` cell, with the values papermill or the reader gave.
+    Raises:
+        ParameterError: for the first that cannot be used: its value, what is allowed, how to set it.
+        TypeError: for a name that has no check (a mistake in the notebook, not in its parameters).
+    """
+    for name, value in parameters.items():
+        if name not in _CHECKS:
+            raise TypeError(f"helpers.parameters has no check for {name!r}")
+        _CHECKS[name](name, value)
+    return catalog.find(parameters["model"])
+
+
+def convert(name: str, text: str, type_name: str) -> object:
+    """Turn a command-line value into the type that the notebook's parameters cell declares.
+
+    Raises:
+        ParameterError: if the text is not a value of that type.
+    """
+    if type_name == "bool":
+        if text.lower() not in ("true", "false"):
+            raise _error(name, text, "true or false", "True")
+        return text.lower() == "true"
+    if type_name not in ("int", "float"):
+        return text
+    try:
+        return int(text) if type_name == "int" else float(text)
+    except ValueError:
+        kind, example = ("a whole number", "64") if type_name == "int" else ("a number", "0.5")
+        raise _error(name, text, kind, example) from None
+
+
+def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
+    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with -p {name} {example}")
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise _error(name, value, "a text with at least one character", '"some text"')
+
+
+def _switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise _error(name, value, "True or False (written with a capital)", "True")
+
+
+def _whole(lowest: int, highest: int, example: str):
+    def _check(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+            raise _error(name, value, f"a whole number from {lowest} to {highest:,}", example)
+
+    return _check
+
+
+def _model(name: str, value: object) -> None:
+    _text(name, value)
+    try:
+        catalog.find(value)
+    except ValueError as error:
+        raise ParameterError(f"{error} Set it with -p {name} smollm2-135m") from None
+
+
+def _precision(name: str, value: object) -> None:
+    if value not in catalog.PRECISIONS:
+        raise _error(name, value, f"one of {', '.join(catalog.PRECISIONS)}", "int4")
+
+
+def _tracking_uri(name: str, value: object) -> None:
+    """Accept the empty text (the project's own store), a reachable server, or a database URI."""
+    if not isinstance(value, str):
+        raise _error(name, value, "a text (empty: the project's own mlflow.db)", "http://127.0.0.1:5000")
+    uri = value or os.environ.get("MLFLOW_TRACKING_URI", "")
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        _reachable(name, uri)
+    elif scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        if not folder.is_dir():
+            raise ParameterError(
+                f"{name}={uri!r} lies in a folder that does not exist. Make it, or set -p {name} "
+                "sqlite:////absolute/path/mlflow.db"
+            )
+    elif uri and scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
+        raise _error(
+            name,
+            uri,
+            "empty, a server (http://…) or a database (sqlite:///…, postgresql://…)",
+            "http://127.0.0.1:5000",
+        )
+
+
+def _reachable(name: str, uri: str, timeout: float = 5.0) -> None:
+    """Ask the server's health page; any HTTP answer proves a server, so a log-in page is no error here."""
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise ParameterError(
+            f"{name}={uri!r} does not answer ({reason}). Start it with `mlflow server`, "
+            f"or leave {name} empty to use the project's own mlflow.db."
+        ) from None
+
+
+_CHECKS = {
+    "model": _model,
+    "precision": _precision,
+    "question": _text,
+    "prompt": _text,
+    "experiment": _text,
+    "max_new_tokens": _whole(1, 4096, "64"),
+    "threads": _whole(0, 1024, "2"),
+    "seed": _whole(0, 2**31 - 1, "7"),
+    "offline": _switch,
+    "serve": _switch,
+    "spark": _switch,
+    "tracking_uri": _tracking_uri,
+}

@@ -1,0 +1,163 @@
+"""Run the notebooks headless: parameters checked first, executed copy and HTML page afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import tempfile
+from pathlib import Path
+
+from helpers import parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = {
+    "01": ROOT / "notebooks" / "01_TransformerPipeline.ipynb",
+    "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
+}
+
+
+class NotebookError(RuntimeError):
+    """A notebook that stopped; the text says where and why."""
+
+
+def declared(notebook: Path) -> dict[str, dict]:
+    """The parameters a notebook declares: name → papermill's description (default, type, help)."""
+    import papermill
+
+    return papermill.inspect_notebook(str(notebook))
+
+
+def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, object]]:
+    """Pair each chosen notebook with its share of the given parameters, converted to the declared types.
+
+    Args:
+        names: "01", "02" or both; empty means both.
+        given: parameter name → text from the command line.
+    Raises:
+        parameters.ParameterError: for a name that none of the notebooks has, or a value that cannot be used.
+    """
+    chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
+    known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
+    for name in given:
+        if name not in known:
+            raise parameters.ParameterError(
+                f"{name!r} is not a parameter of {' or '.join(path.name for path in chosen)}. "
+                f"Theirs are: {', '.join(sorted(known))}."
+            )
+    values = {
+        name: parameters.convert(name, text, known[name]["inferred_type_name"])
+        for name, text in given.items()
+    }
+    parameters.check(**{"model": "smollm2-135m", **values})
+    return {
+        path: {k: v for k, v in values.items() if k in declaration} for path, declaration in chosen.items()
+    }
+
+
+def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
+    """Execute each notebook into `output`, with a progress bar, and render it as one HTML file.
+
+    Returns:
+        The HTML pages, in order.
+    Raises:
+        NotebookError: when a cell fails; the executed copy up to that cell is kept for reading.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    return [_to_html(_execute(path, values, output)) for path, values in chosen.items()]
+
+
+def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    executed = output / notebook.name
+    executed.with_suffix(".html").unlink(
+        missing_ok=True
+    )  # a page of an earlier run must not pass for this one
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters=values,
+            kernel_name="python3",
+            cwd=str(ROOT),
+            config=_kernel(),
+        )
+    except PapermillExecutionError as error:
+        raise NotebookError(
+            f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
+            f"What it did until then: {os.path.relpath(executed)}"
+        ) from None
+    return executed
+
+
+def _kernel():
+    """Talk to the kernel through files of this user where the system can, not over TCP."""
+    from traitlets.config import Config
+
+    return Config(KernelManager={"transport": "tcp" if os.name == "nt" else "ipc"})
+
+
+def _to_html(executed: Path) -> Path:
+    from nbconvert import HTMLExporter
+
+    page = executed.with_suffix(".html")
+    body, _ = HTMLExporter().from_filename(str(executed))
+    page.write_text(body, encoding="utf-8")
+    return page
+
+
+def save() -> None:
+    """Execute both notebooks with their defaults in one empty MLflow store and write them back with outputs.
+
+    An empty store makes the first registered version number 1, as a reader will see it. A notebook's metadata
+    records what its outputs were made from.
+
+    Raises:
+        NotebookError: when a cell fails; that notebook on disk stays as it was.
+    """
+    import nbformat
+
+    with tempfile.TemporaryDirectory() as store:
+        for notebook in NOTEBOOKS.values():
+            print(f"Executing {notebook.name} …", flush=True)
+            book = _execute_in_place(notebook, {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"})
+            book.metadata["made_from"] = fingerprint(book)
+            nbformat.write(book, notebook)
+
+
+def _execute_in_place(notebook: Path, environment: dict[str, str]):
+    """Return the notebook with fresh outputs, run in its own folder as Jupyter would."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    book = nbformat.read(notebook, as_version=4)
+    place = {"metadata": {"path": str(notebook.parent)}}
+    client = NotebookClient(
+        book, kernel_name="python3", timeout=None, record_timing=False, resources=place, config=_kernel()
+    )
+    try:
+        client.execute(env=os.environ | environment)
+    except CellExecutionError as error:
+        raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
+    book.metadata.language_info.pop("version", None)  # the outputs do not depend on the patch release
+    return book
+
+
+def fingerprint(book) -> str:
+    """sha256 of all that shapes a notebook's outputs: its own cells and the code in `helpers`."""
+    digest = hashlib.sha256()
+    for cell in book.cells:
+        digest.update(cell.source.encode())
+    for path in sorted((ROOT / "helpers").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def source(thing: object):
+    """Show the source of a class or function as a highlighted notebook cell, read from its one file."""
+    from IPython.display import Code
+
+    return Code(inspect.getsource(thing), language="python")

@@ -1,0 +1,83 @@
+"""What a reader sees without running anything: clean, whole, and made from the code that stands here."""
+
+import re
+
+import nbformat
+import pytest
+
+from helpers.workshop import notebooks
+
+BOOKS = {name: nbformat.read(path, as_version=4) for name, path in notebooks.NOTEBOOKS.items()}
+every_notebook = pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
+
+
+def code_cells(book):
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def outputs(book):
+    return [output for cell in code_cells(book) for output in cell.outputs]
+
+
+def text_of(output) -> str:
+    data = output.get("data", {})
+    return output.get("text", "") + "".join(
+        str(value) for kind, value in data.items() if kind.startswith("text/")
+    )
+
+
+@every_notebook
+def test_cells_were_executed_once_from_top_to_bottom(book):
+    assert [cell.execution_count for cell in code_cells(book)] == list(range(1, len(code_cells(book)) + 1))
+
+
+@every_notebook
+def test_no_error_and_no_noise_on_stderr_was_saved(book):
+    assert not [
+        output for output in outputs(book) if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+@every_notebook
+def test_no_path_of_a_machine_was_saved(book):
+    paths = re.compile(r"(?<![\w:/.])/(?:home|root|Users|tmp|work|var|private|opt|mnt)/|[A-Z]:\\\\")
+    assert not [text_of(output) for output in outputs(book) if paths.search(text_of(output))]
+    assert "papermill" not in book.metadata
+
+
+@every_notebook
+def test_no_warning_or_progress_debris_was_saved(book):
+    debris = re.compile(r"warning|deprecat|it/s\]|\d+%\|", re.IGNORECASE)
+    assert not [text_of(output) for output in outputs(book) if debris.search(text_of(output))]
+
+
+@every_notebook
+def test_outputs_were_made_from_the_sources_that_stand(book):
+    assert book.metadata.get("made_from") == notebooks.fingerprint(book), (
+        "stale outputs: run `make notebooks`"
+    )
+
+
+@every_notebook
+def test_a_sentence_stands_before_every_code_cell(book):
+    for before, cell in zip(book.cells, book.cells[1:], strict=False):
+        if cell.cell_type == "code" and before.cell_type == "code":
+            pytest.fail(f"no sentence before:\n{cell.source}")
+
+
+@every_notebook
+def test_the_story_stays_short_enough_for_one_reading(book):
+    assert len(code_cells(book)) <= 40
+
+
+def test_the_saved_answer_names_madrid():
+    for book in BOOKS.values():
+        assert any("Madrid" in text_of(output) for output in outputs(book))
+
+
+def test_question_answer_and_usage_stand_in_the_documented_layout():
+    printed = "".join(text_of(output) for output in outputs(BOOKS["01"]))
+    layout = (
+        r"Question: What is the capital of Spain\?\n\nAnswer: .*Madrid.*\n\nUsage: \{'prompt_tokens': \d+, "
+    )
+    assert re.search(layout, printed)

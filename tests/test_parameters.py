@@ -1,0 +1,130 @@
+"""A wrong parameter ends in one sentence: its value, what is allowed, how to set it."""
+
+import http.server
+import threading
+
+import pytest
+
+from helpers import parameters
+from helpers.parameters import ParameterError
+
+GOOD = {"model": "smollm2-135m"}
+
+
+def refused(**given) -> str:
+    with pytest.raises(ParameterError) as caught:
+        parameters.check(**GOOD | given)
+    return str(caught.value)
+
+
+def test_the_defaults_pass_and_name_the_model():
+    chosen = parameters.check(
+        model="smollm2-135m",
+        question="Why?",
+        max_new_tokens=64,
+        tracking_uri="",
+        experiment="e",
+        offline=False,
+        seed=7,
+    )
+    assert chosen.key == "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("offline", "false", "True or False"),
+        ("offline", 1, "True or False"),
+        ("max_new_tokens", 0, "a whole number from 1"),
+        ("max_new_tokens", -3, "a whole number from 1"),
+        ("max_new_tokens", 12.5, "a whole number from 1"),
+        ("max_new_tokens", "many", "a whole number from 1"),
+        ("max_new_tokens", True, "a whole number from 1"),
+        ("threads", -1, "a whole number from 0"),
+        ("seed", "lucky", "a whole number from 0"),
+        ("precision", "int5", "one of fp32, int8, int4"),
+        ("precision", 4, "one of fp32, int8, int4"),
+        ("question", "", "a text with at least one character"),
+        ("prompt", None, "a text with at least one character"),
+        ("experiment", "  ", "a text with at least one character"),
+        ("tracking_uri", 5000, "a text"),
+        ("tracking_uri", "mlruns", "a server"),
+        ("tracking_uri", "file:///tmp/mlruns", "a server"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed_and_how_to_set_it(name, value, allowed):
+    sentence = refused(**{name: value})
+    assert f"{name}={value!r}" in sentence
+    assert allowed in sentence
+    assert f"-p {name} " in sentence
+
+
+def test_an_unknown_model_is_answered_with_the_catalogue():
+    sentence = refused(model="phi-33")
+    assert "phi-33" in sentence
+    assert "smollm2-135m" in sentence
+    assert "phi-3-mini" in sentence
+
+
+def test_a_server_that_does_not_answer_is_named():
+    sentence = refused(tracking_uri="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in sentence
+    assert "mlflow server" in sentence
+
+
+def test_a_server_that_answers_passes_even_when_it_asks_for_a_password():
+    class Locked(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Locked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        parameters.check(**GOOD, tracking_uri=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_a_database_in_a_missing_folder_is_refused(tmp_path):
+    assert "does not exist" in refused(tracking_uri=f"sqlite:///{tmp_path}/no/mlflow.db")
+
+
+def test_a_database_in_an_existing_folder_passes(tmp_path):
+    parameters.check(**GOOD, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("text", "type_name", "value"),
+    [
+        ("false", "bool", False),
+        ("True", "bool", True),
+        ("16", "int", 16),
+        ("0.5", "float", 0.5),
+        ("16", "str", "16"),
+    ],
+)
+def test_command_line_text_becomes_the_declared_type(text, type_name, value):
+    converted = parameters.convert("x", text, type_name)
+    assert converted == value
+    assert type(converted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "type_name"), [("yes", "bool"), ("1.5", "int"), ("lots", "int"), ("x", "float")]
+)
+def test_text_of_another_type_is_refused(text, type_name):
+    with pytest.raises(ParameterError, match=f"x='{text}' is not"):
+        parameters.convert("x", text, type_name)
+
+
+def test_in_a_notebook_the_error_is_one_line():
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    shell = InteractiveShell.instance()
+    with capture_output() as captured:
+        shell.run_cell("from helpers import parameters; parameters.check(model='smollm2-135m', seed=-1)")
+    printed = (captured.stdout + captured.stderr).strip()
+    assert printed.startswith("ParameterError: seed=-1 is not")
+    assert "\n" not in printed

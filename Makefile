@@ -14,7 +14,7 @@ ifdef TORCH_BACKEND
 export TORCH_BACKEND
 endif
 
-.PHONY: help setup run test lab ui weights lock clean
+.PHONY: help setup run test lab ui serve weights notebooks bench lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,11 +36,20 @@ lab: setup ## open the notebooks in JupyterLab
 ui: setup ## look at runs, models and traces in MLflow's UI
 	$(VENV)/mlflow ui --backend-store-uri $(or $(TRACKING_URI),sqlite:///$(CURDIR)/mlflow.db) --host 127.0.0.1
 
+serve: setup ## put an OpenAI endpoint before the champion, at http://127.0.0.1:8000/v1
+	$(RUN) serve $(if $(TRACKING_URI),--tracking-uri '$(TRACKING_URI)') $(if $(MODEL),--model '$(MODEL)') $(PARAMS)
+
 weights: setup ## fetch and convert the model, so that everything else runs offline
 	$(RUN) fetch $(MODEL)
 
 notebooks: setup ## execute the notebooks and save them with their outputs
 	$(RUN) save
+
+bench: setup ## measure the wrapper against its peers, and the servers (compiles llama.cpp once; 20 minutes)
+	$(VENV)/uv pip install --python $(VENV)/python -c requirements.lock -e '.[bench]'
+	$(VENV)/python benchmarks/wrapper.py
+	$(VENV)/python benchmarks/concurrency.py
+	$(VENV)/python benchmarks/serving.py
 
 lock: setup ## resolve pyproject.toml again
 	$(RUN) lock

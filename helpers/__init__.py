@@ -3,14 +3,19 @@
 import os
 import warnings
 
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # Bars and hints to developers are debris in a saved notebook; long work has a progress line of ours.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 # The libraries read these when they are imported, so they are set first; a value of your own stays.
-for _name in (
-    "MLFLOW_DISABLE_TELEMETRY",
-    "HF_HUB_DISABLE_TELEMETRY",
-    "ORT_DISABLE_TELEMETRY",
-    "DO_NOT_TRACK",
-):
-    os.environ.setdefault(_name, "true")
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
 
 # tqdm says this at import where ipywidgets is absent; text bars are what saved notebooks want.
 warnings.filterwarnings("ignore", message="IProgress not found")

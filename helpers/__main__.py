@@ -57,8 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "notebooks",
         nargs="*",
-        choices=["01", "02"],
-        default=["01", "02"],
+        metavar="NOTEBOOK",
         help="01, 02 or both (default: both)",
     )
     run.add_argument(
@@ -78,6 +77,42 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the executed notebooks (default: out)",
     )
     run.set_defaults(command=_run)
+
+    serve = commands.add_parser("serve", help="put an OpenAI endpoint before a registered model")
+    serve.add_argument(
+        "--model", default="models:/slm-onnx@champion", help="model URI (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="another than loopback needs a key (default: %(default)s)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    serve.add_argument("--api-key", help="asked of clients; better given as OPENAI_SERVER_API_KEY")
+    serve.add_argument(
+        "--tracking-uri", help="store of the model and of traces (default: mlflow.db beside this project)"
+    )
+    serve.add_argument(
+        "--trace-sampling", type=float, default=0.0, help="share of answers that leave a trace (default: 0)"
+    )
+    serve.add_argument(
+        "--max-queue", type=int, default=64, help="requests at once; more get 429 (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--max-body", type=int, default=1_000_000, help="bytes of a request (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--timeout", type=float, default=600, help="seconds for an answer (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--grace", type=int, default=30, help="seconds to finish answers when stopped (default: %(default)s)"
+    )
+    serve.set_defaults(command=_serve)
+
+    container = commands.add_parser("containerfile", help="write a container context for a registered model")
+    container.add_argument(
+        "--model", default="models:/slm-onnx@champion", help="model URI (default: %(default)s)"
+    )
+    container.add_argument("--output", type=Path, required=True, help="folder to write, for docker build")
+    container.set_defaults(command=_containerfile)
 
     save = commands.add_parser("save", help="execute the notebooks and save them in place with their outputs")
     save.set_defaults(command=_save)
@@ -105,6 +140,25 @@ def _run(options: argparse.Namespace) -> None:
     chosen = notebooks.select(options.notebooks, dict(options.parameters))
     for page in notebooks.run(chosen, options.output):
         print(f"Read it: {os.path.relpath(page)}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from helpers.serving import openai_server
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "model")}
+    openai_server.serve(options.model, **given)
+
+
+def _containerfile(options: argparse.Namespace) -> None:
+    import mlflow
+
+    from helpers import tracking
+    from helpers.serving import containerfile
+
+    mlflow.set_tracking_uri(tracking.default_uri())
+    print(
+        f"Build it: docker build {os.path.relpath(containerfile.write(options.model, options.output).parent)}"
+    )
 
 
 def _save(options: argparse.Namespace) -> None:

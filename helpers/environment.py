@@ -38,11 +38,12 @@ def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
         return False
     stamp.unlink(missing_ok=True)
     print(f"Setting up {prefix.name} from {lock.name} …", flush=True)
-    venv.create(prefix, with_pip=True)
     binaries = prefix / ("Scripts" if os.name == "nt" else "bin")
+    if not (binaries / "pip").exists():  # the last thing that venv installs
+        venv.create(prefix, with_pip=True)
     _run([binaries / "python", "-m", "pip", "install", "--quiet", f"uv=={_locked('uv', lock)}"])
     uv = [binaries / "uv", "pip", "install", "--python", binaries / "python"]
-    settings = uv_settings(_pip_configuration(binaries / "python"))
+    settings = uv_settings(pip_configuration(binaries / "python"))
     _install_lock(uv, lock, os.environ | settings)
     _run([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], os.environ | settings)
     stamp.write_text(wanted)
@@ -72,10 +73,11 @@ def uv_settings(pip: dict[str, str]) -> dict[str, str]:
 def write_lock(lock: Path = LOCK) -> None:
     """Resolve pyproject.toml for Python 3.11 to 3.13 on every platform and write `lock`."""
     lowest, highest = (".".join(map(str, version)) for version in SUPPORTED)
-    settings = uv_settings(_pip_configuration(Path(sys.executable)))
+    settings = uv_settings(pip_configuration(Path(sys.executable)))
     settings.pop("UV_FIND_LINKS", None)  # a folder of this machine must not shape what others install
     # fmt: off
-    command = ["uv", "pip", "compile", "--universal", "--python-version", lowest, "--quiet", "--upgrade",
+    uv = Path(sys.executable).with_name("uv")
+    command = [uv, "pip", "compile", "--universal", "--python-version", lowest, "--quiet", "--upgrade",
                "--extra", "test", "--no-annotate", "--custom-compile-command", "make lock",
                ROOT / "pyproject.toml"]
     # fmt: on
@@ -119,7 +121,7 @@ def _locked(package: str, lock: Path) -> str:
     return re.search(rf"^{package}==([^\s;]+)", lock.read_text(), re.MULTILINE).group(1)
 
 
-def _pip_configuration(python: Path) -> dict[str, str]:
+def pip_configuration(python: Path) -> dict[str, str]:
     """pip's settings by bare name; its environment wins over its files, as in pip itself."""
     listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     lines = [line.partition("=") for line in listing.splitlines()]

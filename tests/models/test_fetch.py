@@ -252,7 +252,7 @@ def test_the_embedded_model_survives_a_kill_and_is_the_same_everywhere(
     weights: Path, smollm2_checkpoint: Path
 ):
     process = start("smollm2-135m")
-    wait_until(lambda: list(weights.glob("smollm2-135m/.checkpoint.*-try/download/*.gguf")))
+    wait_until(lambda: list(weights.glob("smollm2-135m/.checkpoint.*-try/*.gguf")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert finished_folders(weights) == []

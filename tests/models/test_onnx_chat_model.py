@@ -47,15 +47,15 @@ def ask(model: Phi3Model, prompts: str | list[str], **params) -> list[str]:
 
 
 def completion(
-    model: Phi3Model, tokens: int = 5, group: tuple = (), limit: int = 99, stop: tuple = ()
+    model: Phi3Model, tokens: int = 5, limit: int = 99, stop=(), group=(), call=None
 ) -> Completion:
     """A row on its own, without a decoder."""
-    params = DEFAULT_PARAMS | {"max_new_tokens": limit, "stop": stop}
-    return Completion(np.zeros(tokens, int), params, group, model.eos, model.tokenizer.create_stream())
+    params, stream = DEFAULT_PARAMS | {"max_new_tokens": limit, "stop": stop}, model.tokenizer.create_stream()
+    return Completion(np.zeros(tokens, int), params, model.eos, stream, call or object(), group)
 
 
 def push(model: Phi3Model, row: Completion, text: str) -> None:
-    """Decode `text` into a row, a character's tokens at a time (a line feed takes the tokenizer's first space)."""
+    """Decode `text` into a row, a character at a time (a line feed takes the tokenizer's first space)."""
     feed = len(model.tokenizer.encode("\n"))
     for character in text:
         for token in model.tokenizer.encode("\n" + character)[feed:]:
@@ -213,6 +213,13 @@ def test_the_chat_model_answers_a_question(smollm2):
     assert answer.prompt_tokens == len(smollm2.encode_messages(messages))
     assert 0 < answer.completion_tokens <= 32
     assert 0 < answer.time_to_first_token <= answer.seconds
+
+
+def test_the_chat_model_answers_the_same_alone_and_in_a_batch(smollm2):
+    questions = ["Hi", "Name a colour and say why you like it.", "What is 2 + 2?", "Where is Oslo?", "Why?"]
+    prompts = [smollm2.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+    alone = [ask(smollm2, prompt, max_new_tokens=24)[0] for prompt in prompts]
+    assert ask(smollm2, prompts, max_new_tokens=24) == alone
 
 
 def test_an_answer_cut_by_max_new_tokens_says_length(tiny):
@@ -433,13 +440,13 @@ def test_a_loop_left_early_ends_the_work_and_keeps_the_text_so_far(tiny):
     assert row.completion_tokens < LONG["max_new_tokens"]
 
 
-def test_a_row_closed_before_its_turn_is_never_decoded(tiny_phi3_onnx):
-    model = load(tiny_phi3_onnx, max_batch_rows=1)
-    rows = model.generate(["a"] * 8, {"max_new_tokens": 200})
-    for row in rows[4:]:
+def test_a_row_closed_before_its_turn_is_never_decoded(tiny):
+    busy = [row for _ in range(onnx_chat_model.ACTIVE_BATCHES) for row in tiny.generate(["a"], LONG)]
+    waiting = tiny.generate(["a", "b"])
+    for row in [*waiting, *busy]:
         row.close()
-    assert [row.result().finish_reason for row in rows] == ["length"] * 4 + ["closed"] * 4
-    assert {row.completion_tokens for row in rows[4:]} == {0}
+    wait_until_idle(tiny)
+    assert {(row.finish_reason, row.completion_tokens, row.text) for row in waiting} == {("closed", 0, "")}
 
 
 def test_a_finished_row_can_be_read_again_and_by_several(tiny):
@@ -483,8 +490,16 @@ def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny):
     pieces.close()
 
 
+def test_a_late_caller_does_not_wait_for_the_end_of_a_big_call(tiny):
+    big = tiny.generate(["a", "b", "c", "word"] * 100, {"max_new_tokens": 100})
+    assert tiny.generate(["x"], SHORT)[0].result().completion_tokens == 8
+    assert big[-1].finish_reason is None
+    for row in big:
+        row.close()
+
+
 def batches(rows: list[Completion], max_rows: int = 16, max_tokens: int = 10_000) -> list[list[int]]:
-    """The prompt lengths in each batch that a decoder makes of rows."""
+    """The prompt lengths in each batch that a decoder makes of rows, in the order given."""
     decoder = Decoder(None, 0, max_rows, max_tokens)
     decoder.pending = rows
     taken = iter(decoder.gather, [])
@@ -501,9 +516,39 @@ def test_the_bound_on_tokens_counts_what_the_batch_reserves(tiny):
     assert batches(rows, max_tokens=50) == [[10]] * 5
 
 
-def test_a_long_prompt_is_not_paid_for_by_many_short_ones(tiny):
-    rows = [completion(tiny, tokens=size) for size in (200, 190, 10, 10, 10, 10)]
-    assert batches(rows) == [[200, 190], [10] * 4]
+def test_padding_is_at_most_half_of_a_batch(tiny):
+    rows = [completion(tiny, tokens=size) for size in (200, 10, 10, 10)]
+    assert batches(rows) == [[200, 10], [10, 10]]
+
+
+def test_while_a_call_is_decoded_its_other_rows_leave_the_next_place_to_others(tiny):
+    call, other = object(), completion(tiny)
+    decoder = Decoder(None, 0, 2, 10_000)
+    decoder.pending = [*(completion(tiny, call=call) for _ in range(5)), other]
+    first = decoder.gather()
+    assert {row.call for row in first} == {call}
+    assert decoder.gather(first, active=1) == [other]
+    assert decoder.gather([*first, other], active=2) == []
+    assert len(decoder.pending) == 3
+
+
+def test_calls_take_turns_however_many_rows_they_have(tiny):
+    decoder = Decoder(None, 0, 2, 10_000)
+    decoder.running = True  # no thread
+    call, late = object(), completion(tiny)
+    decoder.submit([completion(tiny, call=call) for _ in range(8)])
+    decoder.gather()
+    decoder.submit([late])
+    assert [late in decoder.gather() for _ in range(4)] == [False, True, False, False]
+
+
+def test_a_row_waits_for_company_only_while_others_are_decoded_and_not_for_long(tiny):
+    decoder, row = Decoder(None, 0, 16, 10_000), completion(tiny)
+    decoder.pending = [row]
+    row.started += 60
+    assert decoder.gather([completion(tiny)], active=1) == []
+    row.started -= 60 + onnx_chat_model.COMPANY_SECONDS
+    assert decoder.gather([completion(tiny)], active=1) == [row]
 
 
 def test_rows_of_different_groups_do_not_share_a_batch(tiny):
@@ -520,6 +565,7 @@ def test_calls_share_a_batch_when_they_are_greedy_and_not_when_they_sample(tiny)
     assert group() != group(repetition_penalty=1.2)
     assert group(temperature=1.0) != group(temperature=1.0)
     assert group(json_schema="{}") != group(json_schema="{}")
+    assert group("word " * 300) != group("word " * 300)
 
 
 def test_a_failure_while_decoding_reaches_its_callers_and_no_others(tiny_phi3_onnx):

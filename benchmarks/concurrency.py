@@ -1,0 +1,159 @@
+"""Several callers at once: onnxruntime-genai's Engine against the wrapper's queue over Generator.
+
+    python benchmarks/concurrency.py [--repeats 5] [--requests 4] [--tokens 64]
+
+Every caller is a thread that sends its next request when it has the answer to the last. The contenders run in
+turns, `--repeats` times after a first turn that warms up. The table shows medians over the turns: tokens per
+second of all callers together, milliseconds to the first token of a request, and the same for one that comes
+while a long answer is made. It all goes to results/concurrency.json, with versions and machine facts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import threading
+import time
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import machine
+import onnxruntime_genai as og
+
+from helpers.models import catalog, export
+from helpers.models import onnx_chat_model as chat
+
+ACTIVE, CALLERS = (1, 2, 3), (1, 4, 8)
+THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "the king", "snow", "a garden")
+
+
+class Queue:
+    """The wrapper, with `batches` batches decoded in turn."""
+
+    def __init__(self, folder: str, threads: int, batches: int):
+        self.batches, self.model = batches, chat.Phi3Model()
+        context = SimpleNamespace(artifacts={"phi3-mini-onnx": folder}, model_config={"threads": threads})
+        self.model.load_context(context)
+
+    def ask(self, prompt: str, tokens: int) -> tuple[int, float]:
+        """Tokens made, and seconds to the first of them."""
+        chat.ACTIVE_BATCHES = self.batches
+        answer = self.model.generate([prompt], {"max_new_tokens": tokens})[0].result()
+        return answer.completion_tokens, answer.time_to_first_token
+
+
+class Engine:
+    """og.Engine with static batching (paged attention needs CUDA), driven by the one thread that made it."""
+
+    def __init__(self, folder: str, threads: int, rows: int = 16):
+        config = og.Config(folder)
+        session = {"session_options": {"intra_op_num_threads": threads}}
+        engine = {"static_batching": {"max_batch_size": rows}}
+        config.overlay(json.dumps({"model": {"decoder": session}, "engine": engine}))
+        self.model = og.Model(config)
+        self.tokenizer, self.inbox = og.Tokenizer(self.model), SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def ask(self, prompt: str, tokens: int) -> tuple[int, float]:
+        """Tokens made, and seconds to the first of them."""
+        row = SimpleNamespace(limit=tokens, count=0, first=None, text="", over=threading.Event())
+        row.asked, row.stream, row.ids = time.perf_counter(), None, self.tokenizer.encode(prompt)
+        row.stream = self.tokenizer.create_stream()
+        self.inbox.put(row)
+        row.over.wait()
+        return row.count, row.first
+
+    def _run(self) -> None:
+        engine = og.Engine(self.model)
+        events, rows = engine.create_event_buffer(64), []
+        while True:
+            while not rows or not self.inbox.empty():
+                rows.append(self._begin(engine, self.inbox.get()))
+            for event in engine.run(events):
+                row = next(row for row in rows if row.request is event.request)
+                if event.token is not None:
+                    row.count, row.first = row.count + 1, row.first or time.perf_counter() - row.asked
+                    row.text += row.stream.decode(event.token)
+                if event.finish_reason != og.FinishReason.NONE:
+                    rows.remove(row)
+                    row.request.close()
+                    row.over.set()
+
+    def _begin(self, engine: og.Engine, row: SimpleNamespace) -> SimpleNamespace:
+        options = og.RequestOptions()
+        options.set_max_session_tokens(len(row.ids) + row.limit)
+        row.request = engine.create_request(options=options)
+        turn = og.TurnOptions(row.request)
+        turn.set_max_generated_tokens(row.limit)
+        row.request.begin_turn(row.ids, turn)
+        return row
+
+
+def load(contender, prompts: list[str], callers: int, requests: int, tokens: int) -> tuple[float, float]:
+    """Tokens per second of `callers` threads with `requests` each, and median seconds to the first token."""
+    answers: list[tuple[int, float]] = []
+
+    def caller(number: int) -> None:
+        for turn in range(requests):
+            answers.append(contender.ask(prompts[(number * requests + turn) % len(prompts)], tokens))
+
+    threads = [threading.Thread(target=caller, args=(number,)) for number in range(callers)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    return sum(count for count, _ in answers) / seconds, statistics.median(first for _, first in answers)
+
+
+def late(contender, prompts: list[str]) -> float:
+    """Seconds to the first token of a request that comes half a second after a long one."""
+    long = threading.Thread(target=contender.ask, args=(prompts[0], 256))
+    long.start()
+    time.sleep(0.5)
+    first = contender.ask(prompts[1], 8)[1]
+    long.join()
+    return first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a catalogue key, Hub id or folder")
+    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=4, help="requests of each caller in one turn")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each contender")
+    given = parser.parse_args()
+    folder = str(export.onnx_folder(catalog.find(given.model), given.precision))
+    contenders = {f"queue, {k} active": Queue(folder, given.threads, k) for k in ACTIVE}
+    contenders["engine"] = Engine(folder, given.threads)
+    model = contenders["queue, 1 active"].model
+    prompts = [
+        model.apply_chat_template([{"role": "user", "content": f"Tell me a long story about {thing}."}])
+        for thing in THINGS
+    ]
+    rows = {(name, callers): [] for name in contenders for callers in CALLERS}
+    lates = {name: [] for name in contenders}
+    for turn in range(given.repeats + 1):
+        for (name, callers), runs in rows.items():
+            measured = load(contenders[name], prompts, callers, given.requests, given.tokens)
+            runs += [measured] if turn else []  # the first turn warms up
+        for name, runs in lates.items():
+            measured = late(contenders[name], prompts)
+            runs += [measured] if turn else []
+    print(f"{'contender':<18}{'callers':>8}{'tok/s':>8}{'first token, ms':>17}{'late caller, ms':>17}")
+    results = []
+    for (name, callers), runs in rows.items():
+        rate, first = (statistics.median(column) for column in zip(*runs, strict=True))
+        waited = statistics.median(lates[name])
+        print(f"{name:<18}{callers:>8}{rate:>8.0f}{1000 * first:>17.0f}{1000 * waited:>17.0f}")
+        figures = {"tokens_per_second": rate, "first_token_s": first, "late_first_token_s": waited}
+        rounded = {key: round(value, 3) for key, value in figures.items()}
+        results.append({"contender": name, "callers": callers, **rounded})
+    machine.write("concurrency", {"settings": vars(given), "rows": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""MLflow's own server lives exactly as long as the block that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import mlflow
+import psutil
+import pytest
+import requests
+from serving_support import connected, left
+
+from helpers.serving import mlflow_server
+
+
+@pytest.fixture(scope="module")
+def model_uri(tiny_uri, store):
+    with connected(store):
+        yield tiny_uri
+
+
+def test_several_rows_and_parameters_are_answered_as_in_python(model_uri):
+    prompts, params = ["Hello", "Tell me a joke", "Hello"], {"max_new_tokens": 12, "stop": ["q"]}
+    with mlflow_server.serve(model_uri) as url:
+        body = {"inputs": {"prompt": prompts}, "params": params}
+        reply = requests.post(f"{url}/invocations", json=body, timeout=60)
+    assert reply.status_code == 200
+    expected = mlflow.pyfunc.load_model(model_uri).predict({"prompt": prompts}, params=params)
+    assert reply.json()["predictions"] == expected
+    assert len(expected) == 3
+
+
+def test_progress_is_one_line(model_uri, capfd):
+    with mlflow_server.serve(model_uri) as url:
+        pass
+    shown = capfd.readouterr()
+    assert shown.out.startswith(f"Starting MLflow's server for {model_uri} … ready at {url} after ")
+    assert shown.out.count("\n") == 1
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_it_ends_with_the_block_even_after_an_error(model_uri, error):
+    def fail_inside():
+        with mlflow_server.serve(model_uri) as url:
+            processes.extend(psutil.Process().children(recursive=True))
+            assert requests.get(f"{url}/ping", timeout=10).status_code == 200
+            raise error
+
+    processes: list[psutil.Process] = []
+    with pytest.raises(error):
+        fail_inside()
+    assert len(processes) >= 2
+    assert left(processes) == []
+
+
+def test_it_ends_when_its_kernel_is_killed(model_uri):
+    code = (
+        "import sys, time, mlflow; from helpers.serving import mlflow_server\n"
+        f"mlflow.set_tracking_uri({mlflow.get_tracking_uri()!r})\n"
+        f"with mlflow_server.serve({model_uri!r}): time.sleep(600)"
+    )
+    kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        shown = b""
+        while b"ready" not in shown and (part := os.read(kernel.stdout.fileno(), 1000)):
+            shown += part
+        assert b"ready" in shown
+        processes = psutil.Process(kernel.pid).children(recursive=True)
+    finally:
+        kernel.send_signal(signal.SIGKILL)
+        kernel.communicate()
+    assert len(processes) >= 2
+    assert left(processes) == []
+
+
+def test_it_works_where_the_environment_is_not_on_the_path(model_uri, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with mlflow_server.serve(model_uri) as url:
+        assert requests.get(f"{url}/version", timeout=10).text == mlflow.__version__
+
+
+def test_a_server_that_does_not_come_up_shows_its_last_log_lines(model_uri, capfd):
+    def start():
+        with mlflow_server.serve("models:/no-such-model@champion"):
+            pytest.fail("served a model that does not exist")
+
+    with pytest.raises(RuntimeError) as caught:
+        start()
+    first, *log = str(caught.value).splitlines()
+    assert first == (
+        "MLflow's server for models:/no-such-model@champion ended with exit code 1. Its last log lines:"
+    )
+    assert "Registered Model with name=no-such-model not found" in log[-1]
+    assert capfd.readouterr().out.endswith("failed\n")
+
+
+def test_a_server_that_is_too_slow_is_ended(model_uri):
+    def start():
+        with mlflow_server.serve(model_uri, startup_timeout=0.5):
+            pytest.fail("nothing starts this fast")
+
+    others = psutil.Process().children(recursive=True)
+    with pytest.raises(RuntimeError, match=r"was not healthy within 0\.5 s"):
+        start()
+    assert set(psutil.Process().children(recursive=True)) <= set(others)

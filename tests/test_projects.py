@@ -1,0 +1,107 @@
+"""`mlflow run` executes both notebooks: here, in this environment, and in one made for it."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from helpers import tracking
+from helpers.models import fetch
+from helpers.workshop import notebooks
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_POINTS = {"transformer_pipeline": "01", "custom_python_wrapper": "02"}
+ASKED = {"transformer_pipeline": "question", "custom_python_wrapper": "prompt"}
+AWKWARD = """He said: "it's 2 + 3 = 5" & {asked} `why` $HOME; -p \\n?"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A copy of what a clone holds, so that no run writes into this one; only the weights are shared."""
+    for name in ("MLproject", "python_env.yaml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("helpers", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("WEIGHTS_DIR", str(fetch.weights_dir()))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def mlflow_run(
+    project: Path, entry_point: str, env_manager: str, **parameters
+) -> subprocess.CompletedProcess:
+    given = [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
+    command = [sys.executable, "-m", "mlflow", "run", ".", "-e", entry_point, "--env-manager", env_manager]
+    return subprocess.run([*command, *given], cwd=project, capture_output=True, text=True)
+
+
+def executed(project: Path, entry_point: str) -> dict:
+    """The parameters that the executed notebook was given."""
+    path = project / "out" / notebooks.NOTEBOOKS[ENTRY_POINTS[entry_point]].name
+    return nbformat.read(path, as_version=4).metadata.papermill.parameters
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_of_them_on(entry_point):
+    declared = papermill.inspect_notebook(str(notebooks.NOTEBOOKS[ENTRY_POINTS[entry_point]]))
+    defaults = {name: ast.literal_eval(about["default"]) for name, about in declared.items()}
+    entry = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"][entry_point]
+    types = {bool: "string", str: "string", int: "float", float: "float"}
+    assert entry["parameters"] == {
+        name: {"type": types[type(value)], "default": str(value) if isinstance(value, bool) else value}
+        for name, value in defaults.items()
+    }
+    handed_on = " ".join(f"-p {name} {{{name}}}" for name in defaults)
+    assert entry["command"] == f"python -m helpers run {ENTRY_POINTS[entry_point]} {handed_on}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_unharmed(
+    entry_point, project
+):
+    precision = {"precision": "fp32"} if entry_point == "custom_python_wrapper" else {}
+    asked = {ASKED[entry_point]: AWKWARD, "experiment": "a project's run", "serve": False, **precision}
+    result = mlflow_run(project, entry_point, "local", model="tiny-phi3", max_new_tokens=48, **asked)
+    assert result.returncode == 0, result.stderr
+    given = executed(project, entry_point)
+    assert given[ASKED[entry_point]] == AWKWARD
+    assert (given["max_new_tokens"], given["offline"], given["serve"]) == (48, False, False)
+
+    tracking.connect(f"sqlite:///{project}/mlflow.db", "a project's run")
+    runs = mlflow.search_runs(experiment_names=["Default", "a project's run"])
+    assert set(runs.status) == {"FINISHED"}
+    assert (runs["tags.mlflow.project.entryPoint"] == entry_point).sum() == 1  # mlflow's own run
+    assert entry_point.replace("_", "-") in set(runs["tags.mlflow.runName"])  # the notebook's
+
+
+def test_a_bad_parameter_ends_mlflow_run_with_the_sentence_that_says_why(project):
+    result = mlflow_run(project, "custom_python_wrapper", "local", model="tiny-phi3", precision="int5")
+    assert result.returncode != 0
+    assert "precision='int5' is not one of fp32, int8, int4" in result.stderr
+    assert not (project / "out").exists()
+
+
+@pytest.mark.slow
+def test_mlflow_run_executes_a_notebook_in_an_environment_made_from_nothing(
+    project, uv_settings, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_ENV_ROOT", str(project / "environments"))
+    asked = {"model": "tiny-phi3", "precision": "fp32", "serve": False}
+    result = mlflow_run(project, "custom_python_wrapper", "uv", **asked)
+    assert result.returncode == 0, result.stderr
+    assert executed(project, "custom_python_wrapper")["model"] == "tiny-phi3"
+    (environment,) = (project / "environments").iterdir()
+    installed = {path.name.split("-")[0] for path in environment.glob("lib/*/site-packages/*.dist-info")}
+    assert {"mlflow", "onnxruntime_genai", "torch"} <= installed
+    assert not any(name.startswith("nvidia") for name in installed)  # gigabytes that a CPU never uses

@@ -1,0 +1,118 @@
+"""A table scored by `mlflow.pyfunc.spark_udf`: the model's own answers, keys kept, one load per worker."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+
+from helpers import tracking
+from helpers.models import onnx_chat_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAMPION = "models:/slm-onnx@champion"
+PARAMS = {"max_new_tokens": 9}
+ROWS = [
+    [f"key {number}", f'Say "{number}" in {city}: 1 + 1 = ?']
+    for number, city in enumerate(["Rom", "Łódź", "東京", "Oslo", "Köln"] * 8)
+]
+SCORE = """
+import json, sys
+import mlflow, pandas as pd
+from helpers import scoring
+
+store, model, rows, params, cores = json.load(sys.stdin)
+mlflow.set_tracking_uri(store)
+session = scoring.spark_session(cores)
+session.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 4)
+answer = mlflow.pyfunc.spark_udf(
+    session, model, env_manager="local", result_type="string", params=params, model_config={"threads": 1}
+)
+table = session.createDataFrame(pd.DataFrame(rows, columns=["key", "prompt"])).repartition(cores)
+scored = table.withColumn("answer", answer("prompt")).toPandas()
+session.stop()
+print(json.dumps(scored.values.tolist()))
+"""
+COUNTED = """
+
+class Counted(Phi3Model):
+    def load_context(self, context):
+        super().load_context(context)
+        with open({log!r}, "a") as log:
+            print(os.getpid(), context.model_config["threads"], file=log)
+
+
+mlflow.models.set_model(Counted())
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("java") or os.environ.get("JAVA_HOME")),
+        reason="Spark needs Java, and there is none here",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def pyspark_folder(tmp_path_factory) -> Path:
+    """pyspark in a folder of its own, to be added to this environment for one process at a time."""
+    return tmp_path_factory.mktemp("pyspark")
+
+
+@pytest.fixture
+def score(pyspark_folder, uv_settings, tmp_path):
+    """Score rows in another process; a list of [key, prompt, answer]."""
+    if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
+        extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
+            "spark"
+        ]
+        # fmt: off
+        subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
+                        "--target", pyspark_folder, *extra], check=True)
+        # fmt: on
+    (tmp_path / "score.py").write_text(SCORE)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(ROOT)])}
+
+    def run(*asked) -> list[list[str]]:
+        command = [sys.executable, tmp_path / "score.py"]
+        result = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run
+
+
+def test_every_key_keeps_its_row_and_answers_are_the_models_own(score, registered_onnx):
+    scored = score(registered_onnx, CHAMPION, ROWS, PARAMS, 2)
+    mlflow.set_tracking_uri(registered_onnx)
+    prompts = pd.DataFrame(ROWS, columns=["key", "prompt"])[["prompt"]]
+    answers = mlflow.pyfunc.load_model(CHAMPION).predict(prompts, params=PARAMS)
+    assert sorted(scored) == sorted([*row, answer] for row, answer in zip(ROWS, answers, strict=True))
+
+
+def test_each_worker_loads_the_model_once_with_the_threads_it_was_given(score, tiny_phi3_onnx, tmp_path):
+    store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "count the loads")
+    wrapper = Path(onnx_chat_model.__file__).read_text()
+    (tmp_path / "counted.py").write_text(wrapper + COUNTED.format(log=str(tmp_path / "loads.log")))
+    with mlflow.start_run():
+        model = mlflow.pyfunc.log_model(
+            name="counted",
+            python_model=str(tmp_path / "counted.py"),
+            artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
+            signature=mlflow.models.infer_signature({"prompt": "Hi"}, ["Ho"], onnx_chat_model.DEFAULT_PARAMS),
+            model_config={"threads": 2},
+            pip_requirements=tracking.requirements("mlflow", "onnxruntime-genai"),
+        )
+    (tmp_path / "loads.log").write_text("")
+    assert len(score(store, model.model_uri, ROWS, PARAMS, 2)) == 40
+    loads = (tmp_path / "loads.log").read_text().splitlines()  # 40 rows came in ten batches of four
+    assert len(loads) == len({load.split()[0] for load in loads}) == 2
+    assert {load.split()[1] for load in loads} == {"1"}

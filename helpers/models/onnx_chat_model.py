@@ -53,7 +53,6 @@ PACKAGES = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml
 ROLES = ("system", "user", "assistant", "tool")
 KV_BYTES = 2 * 2**30  # for each active batch; a token takes 45 KiB with SmolLM2-135M, 768 KiB with Phi-3-mini
 ACTIVE_BATCHES = 2  # decoded in turn, so that a late caller need not wait for the end of a long answer
-COMPANY_SECONDS = 0.2  # how long one or two rows wait for more while a batch is active
 PREFILL_TOKENS = 256  # a longer prompt is read alone and in parts: genai holds the GIL while it reads
 
 
@@ -152,10 +151,10 @@ class Decoder:
     def submit(self, rows: list[Completion]) -> None:
         """Queue the rows of a call, longest prompt first, and return at once."""
         with self.lock:
-            for place, row in enumerate(sorted(rows, key=lambda row: -row.prompt_tokens)):
+            rows = sorted(rows, key=lambda row: -row.prompt_tokens)
+            for place, row in enumerate(rows):
                 row.turn = self.batches + place // self.max_rows  # so that a big call leaves turns to others
-                self.pending.append(row)
-            self.pending.sort(key=lambda row: row.turn)
+            self.pending = sorted([*self.pending, *rows], key=lambda row: row.turn)
             if not self.running:
                 self.running = True
                 threading.Thread(target=self.run, name="decoder", daemon=True).start()
@@ -164,35 +163,39 @@ class Decoder:
         """Step the active batches in turn until no row is left."""
         active = deque()
         while True:
-            with self.lock:
-                if rows := self.gather([row for rows, _ in active for row in rows], len(active)):
-                    active.append((rows, self.decode(rows)))
-                if not active:
-                    self.running = False
-                    return
+            if len(active) < ACTIVE_BATCHES:
+                calls = {row.call for rows, _ in active for row in rows}
+                self.wait_for_company(calls)
+                with self.lock:
+                    if rows := self.gather(calls):
+                        active.append((rows, self.decode(rows)))
+                    elif not active:
+                        self.running = False
+                        return
             rows, steps = active.popleft()
             try:
-                next(steps)
-                active.append((rows, steps))
-            except StopIteration:
-                if len(rows) > 1 and not active:
-                    time.sleep(0.005)  # callers answered together ask again together: wait for them
+                if next(steps, "end") != "end":
+                    active.append((rows, steps))
             except Exception as error:
                 for row in rows:  # without its traceback, which would keep the batch's memory
                     row.advance("", "error", error.with_traceback(None))
 
-    def gather(self, decoding: list[Completion] = (), active: int = 0) -> list[Completion]:
+    def wait_for_company(self, calls: set) -> None:
+        """Let callers that come together share a batch: wait 1 ms, and on while more come."""
+        seen = 0
+        while (waiting := sum(row.call not in calls for row in self.pending)) > seen:
+            seen = waiting
+            time.sleep(0.001)
+
+    def gather(self, calls: set) -> list[Completion]:
         """Take from the queue the row whose turn it is, and all that can share its batch.
 
-        While a batch is active, one or two rows first wait for more, and no call gets a second batch.
+        The `calls` that are being decoded wait with their other rows: the next place is for others.
         """
-        waiting = [row for row in self.pending if not row.finish_reason]
-        alone = 0 < len(waiting) < 3 and time.perf_counter() - waiting[0].started < COMPANY_SECONDS
-        taken, calls = [], {row.call for row in decoding}
-        if active == 0 or (active < ACTIVE_BATCHES and not alone):
-            for row in waiting:
-                if row.call not in calls and (not taken or self.fit([*taken, row])):
-                    taken.append(row)
+        waiting, taken = [row for row in self.pending if not row.finish_reason], []
+        for row in waiting:
+            if row.call not in calls and (not taken or self.fit([*taken, row])):
+                taken.append(row)
         self.batches += bool(taken)
         self.pending = [row for row in waiting if row not in taken]
         return taken
@@ -271,6 +274,9 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         self.context_length, self.vocabulary = facts["context_length"], facts["vocab_size"]
         self.eos = frozenset(self.tokenizer.eos_token_ids.tolist())
         layers = facts["decoder"]
+        # genai 0.18 fails past a sliding window (Phi-3-mini-4k: 2,047 tokens), so that is all that fits.
+        window = layers.get("sliding_window", {}).get("window_size", self.context_length)
+        self.context_length = min(self.context_length, window)
         kv_values = 2 * layers["num_hidden_layers"] * layers["num_key_value_heads"] * layers["head_size"]
         max_tokens = config["max_batch_tokens"] or KV_BYTES // (4 * kv_values)
         self.decoder = Decoder(self.model, self.tokenizer.pad_token_id, config["max_batch_rows"], max_tokens)

@@ -127,10 +127,7 @@ class Worker:
 
 def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: float) -> None:
     """The worker process: load the model, then answer until the pipe closes."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # may reach the whole group, but running answers must finish
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the group, but running answers must finish
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -186,14 +183,15 @@ class _Desk:
                 if piece:
                     pieces.append(piece)
                     self._send(request_id, "text", piece)
+            # Traced before the end is told: whoever hears of it may stop the server.
+            if self._sampling and random.random() < self._sampling:
+                self._trace(request_id, completion, messages, params, started, "".join(pieces))
             usage = completion.prompt_tokens, completion.completion_tokens
             self._send(request_id, "end", usage, completion.finish_reason)
         except Exception as error:
             self._fail(request_id, error)
         finally:
             self._running.pop(request_id, None)
-        if self._sampling and random.random() < self._sampling:
-            self._trace(request_id, completion, messages, params, started, "".join(pieces))
 
     def _send(self, *message: Any) -> None:
         with self._lock:

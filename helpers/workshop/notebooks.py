@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -75,18 +76,12 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     executed = output / notebook.name
-    executed.with_suffix(".html").unlink(
-        missing_ok=True
-    )  # a page of an earlier run must not pass for this one
+    # A page of an earlier run must not pass for this one.
+    executed.with_suffix(".html").unlink(missing_ok=True)
+    files = {"input_path": str(notebook), "output_path": str(executed), "cwd": str(ROOT)}
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=values,
-            kernel_name="python3",
-            cwd=str(ROOT),
-            config=_kernel(),
-        )
+        with _private_kernel() as config:
+            papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=config)
     except PapermillExecutionError as error:
         raise NotebookError(
             f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
@@ -95,11 +90,18 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
     return executed
 
 
-def _kernel():
-    """Talk to the kernel through files of this user where the system can, not over TCP."""
+@contextlib.contextmanager
+def _private_kernel():
+    """Settings for a kernel that talks through sockets of this user, not over TCP (except on Windows).
+
+    jupyter_client 8 would name the sockets relative to the working directory, and kernel and client differ
+    in theirs.
+    """
     from traitlets.config import Config
 
-    return Config(KernelManager={"transport": "tcp" if os.name == "nt" else "ipc"})
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        sockets = {"transport": "ipc", "ip": f"{folder}/socket"}
+        yield Config(KernelManager={} if os.name == "nt" else sockets)
 
 
 def _to_html(executed: Path) -> Path:
@@ -138,11 +140,10 @@ def _execute_in_place(notebook: Path, environment: dict[str, str]):
 
     book = nbformat.read(notebook, as_version=4)
     place = {"metadata": {"path": str(notebook.parent)}}
-    client = NotebookClient(
-        book, kernel_name="python3", timeout=None, record_timing=False, resources=place, config=_kernel()
-    )
+    settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
     try:
-        client.execute(env=os.environ | environment)
+        with _private_kernel() as config:
+            NotebookClient(book, **settings, config=config).execute(env=os.environ | environment)
     except CellExecutionError as error:
         raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
     book.metadata.language_info.pop("version", None)  # the outputs do not depend on the patch release

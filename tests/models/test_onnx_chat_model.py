@@ -502,7 +502,7 @@ def batches(rows: list[Completion], max_rows: int = 16, max_tokens: int = 10_000
     """The prompt lengths in each batch that a decoder makes of rows, in the order given."""
     decoder = Decoder(None, 0, max_rows, max_tokens)
     decoder.pending = rows
-    taken = iter(decoder.gather, [])
+    taken = iter(lambda: decoder.gather(set()), [])
     return [[row.prompt_tokens for row in batch] for batch in taken]
 
 
@@ -525,10 +525,9 @@ def test_while_a_call_is_decoded_its_other_rows_leave_the_next_place_to_others(t
     call, other = object(), completion(tiny)
     decoder = Decoder(None, 0, 2, 10_000)
     decoder.pending = [*(completion(tiny, call=call) for _ in range(5)), other]
-    first = decoder.gather()
-    assert {row.call for row in first} == {call}
-    assert decoder.gather(first, active=1) == [other]
-    assert decoder.gather([*first, other], active=2) == []
+    assert {row.call for row in decoder.gather(set())} == {call}
+    assert decoder.gather({call}) == [other]
+    assert decoder.gather({call, other.call}) == []
     assert len(decoder.pending) == 3
 
 
@@ -537,18 +536,9 @@ def test_calls_take_turns_however_many_rows_they_have(tiny):
     decoder.running = True  # no thread
     call, late = object(), completion(tiny)
     decoder.submit([completion(tiny, call=call) for _ in range(8)])
-    decoder.gather()
+    decoder.gather(set())
     decoder.submit([late])
-    assert [late in decoder.gather() for _ in range(4)] == [False, True, False, False]
-
-
-def test_a_row_waits_for_company_only_while_others_are_decoded_and_not_for_long(tiny):
-    decoder, row = Decoder(None, 0, 16, 10_000), completion(tiny)
-    decoder.pending = [row]
-    row.started += 60
-    assert decoder.gather([completion(tiny)], active=1) == []
-    row.started -= 60 + onnx_chat_model.COMPANY_SECONDS
-    assert decoder.gather([completion(tiny)], active=1) == [row]
+    assert [late in decoder.gather(set()) for _ in range(4)] == [False, True, False, False]
 
 
 def test_rows_of_different_groups_do_not_share_a_batch(tiny):

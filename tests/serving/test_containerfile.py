@@ -15,7 +15,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from helpers.serving import containerfile, mlflow_server
+from helpers.serving import background, containerfile
 
 CHAMPION = "models:/slm-onnx@champion"
 PROMPTS = [{"prompt": "What is the capital of Spain?"}, {"prompt": "Tell me a joke about an atom."}]
@@ -133,7 +133,7 @@ def image(context, tmp_path, uv_settings):
 
 @pytest.mark.slow
 def test_its_commands_outside_a_container_install_serve_and_stop(context, image):
-    dockerfile, model, port = context / "Dockerfile", context / "model_dir", mlflow_server.free_port()
+    dockerfile, model, port = context / "Dockerfile", context / "model_dir", background.free_port()
     elsewhere = f"C.MODEL_PATH={str(model)!r}; C.DEFAULT_INFERENCE_SERVER_PORT={port}; C._serve"
     entry = [part.replace("C._serve", elsewhere) for part in json.loads(instructions(dockerfile)[-1][1])]
     health = dict(instructions(dockerfile))["HEALTHCHECK"].partition("CMD ")[2]

@@ -3,14 +3,15 @@
     python benchmarks/concurrency.py [--repeats 5] [--requests 4] [--tokens 64]
 
 Every caller is a thread that sends its next request when it has the answer to the last. The contenders run in
-turns, `--repeats` times after a first turn that warms up. The table shows medians over the turns: tokens per
-second of all callers together, milliseconds to the first token of a request, and the same for one that comes
-while a long answer is made. It all goes to results/concurrency.json, with versions and machine facts.
+turns, in random order, `--repeats` times after a first turn that warms up. The table shows medians over the
+turns: tokens per second of all callers together, milliseconds to the first token of a request, and the same
+for one that comes while a long answer is made. results/concurrency.json holds it too, with machine facts.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import threading
 import time
@@ -28,12 +29,10 @@ THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "the king", 
 
 
 class Queue:
-    """The wrapper, with `batches` batches decoded in turn."""
+    """The wrapper, with at most `batches` batches decoded in turn."""
 
-    def __init__(self, folder: str, threads: int, batches: int):
-        self.batches, self.model = batches, chat.Phi3Model()
-        context = SimpleNamespace(artifacts={"phi3-mini-onnx": folder}, model_config={"threads": threads})
-        self.model.load_context(context)
+    def __init__(self, model: chat.Phi3Model, batches: int):
+        self.model, self.batches = model, batches
 
     def ask(self, prompt: str, tokens: int) -> tuple[int, float]:
         """Tokens made, and seconds to the first of them."""
@@ -127,9 +126,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each contender")
     given = parser.parse_args()
     folder = str(export.onnx_folder(catalog.find(given.model), given.precision))
-    contenders = {f"queue, {k} active": Queue(folder, given.threads, k) for k in ACTIVE}
+    model, config = chat.Phi3Model(), {"threads": given.threads}
+    model.load_context(SimpleNamespace(artifacts={"phi3-mini-onnx": folder}, model_config=config))
+    contenders = {f"queue, {batches} active": Queue(model, batches) for batches in ACTIVE}
     contenders["engine"] = Engine(folder, given.threads)
-    model = contenders["queue, 1 active"].model
     prompts = [
         model.apply_chat_template([{"role": "user", "content": f"Tell me a long story about {thing}."}])
         for thing in THINGS
@@ -137,9 +137,10 @@ def main() -> None:
     rows = {(name, callers): [] for name in contenders for callers in CALLERS}
     lates = {name: [] for name in contenders}
     for turn in range(given.repeats + 1):
-        for (name, callers), runs in rows.items():
-            measured = load(contenders[name], prompts, callers, given.requests, given.tokens)
-            runs += [measured] if turn else []  # the first turn warms up
+        for callers in CALLERS:
+            for name in random.sample(list(contenders), len(contenders)):
+                measured = load(contenders[name], prompts, callers, given.requests, given.tokens)
+                rows[name, callers] += [measured] if turn else []  # the first turn warms up
         for name, runs in lates.items():
             measured = late(contenders[name], prompts)
             runs += [measured] if turn else []

@@ -3,7 +3,7 @@
     make bench        # or: python benchmarks/wrapper.py [--rounds 5] [--tokens 128]
 
 Every round asks every peer once, so that a busy moment of the machine hits all of them; the first round warms
-up and is dropped. Figures are medians over the rounds, ratios are medians of the rounds' ratios. They are printed
+up and is dropped. Figures are medians over the rounds, ratios are medians of the rounds' ratios, printed
 and written to benchmarks/results/wrapper.json; benchmarks/README.md says how to read them.
 """
 

@@ -47,7 +47,7 @@ def test_no_path_of_a_machine_was_saved(book):
 
 @every_notebook
 def test_no_warning_or_progress_debris_was_saved(book):
-    debris = re.compile(r"warning|deprecat|it/s\]|\d+%\|", re.IGNORECASE)
+    debris = re.compile(r"WARNING|Warning\b|Deprecat|it/s\]|\d+%\|")
     assert not [text_of(output) for output in outputs(book) if debris.search(text_of(output))]
 
 

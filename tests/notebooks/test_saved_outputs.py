@@ -1,5 +1,6 @@
 """What a reader sees without running anything: clean, whole, and made from the code that stands here."""
 
+import base64
 import re
 
 import nbformat
@@ -81,3 +82,13 @@ def test_question_answer_and_usage_stand_in_the_documented_layout():
         r"Question: What is the capital of Spain\?\n\nAnswer: .*Madrid.*\n\nUsage: \{'prompt_tokens': \d+, "
     )
     assert re.search(layout, printed)
+
+
+def test_the_readme_s_figure_is_the_one_that_notebook_02_drew():
+    drawn = [
+        output.data["image/png"] for output in outputs(BOOKS["02"]) if "image/png" in output.get("data", {})
+    ]
+    picture = (notebooks.ROOT / "docs" / "images" / "precision.png").read_bytes()
+    assert picture == base64.b64decode(drawn[-1]), (
+        "copy the figure of the saved notebook to docs/images/precision.png"
+    )

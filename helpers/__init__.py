@@ -1,4 +1,4 @@
-"""What a reader of the notebooks should not have to type. Importing it is cheap and turns telemetry off."""
+"""What a reader of the notebooks need not type. Importing it is cheap, and turns telemetry and pickle off."""
 
 import os
 import warnings
@@ -8,6 +8,8 @@ _SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    # A pickle runs any code that is in it; no model made here needs one (MLflow 3.17 reads them by default).
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     # Bars and hints to developers are debris in a saved notebook; long work has a progress line of ours.
     "HF_HUB_DISABLE_PROGRESS_BARS": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -19,3 +21,5 @@ for _name, _value in _SETTINGS.items():
 
 # tqdm says this at import where ipywidgets is absent; text bars are what saved notebooks want.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# pyspark, where the extra is installed, says this whenever MLflow looks for it.
+warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas")

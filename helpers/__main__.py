@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from helpers import environment
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 bad input)."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(_spread(sys.argv[1:] if arguments is None else arguments))
         return options.command(options) or 0
     except ValueError as error:  # every bad value of ours is one, with a sentence of its own
         print(f"error: {error}", file=sys.stderr)
@@ -26,17 +28,61 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _spread(arguments: list[str]) -> list[str]:
+    """Replace a last `--words TEXT` (make's PARAMS) by its words, split as a shell does but run by none."""
+    if arguments[-2:-1] != ["--words"]:
+        return arguments
+    try:
+        return [*arguments[:-2], *shlex.split(arguments[-1])]
+    except ValueError as error:
+        raise ValueError(f"PARAMS={arguments[-1]!r} cannot be split into words: {error}.") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m helpers", description="A small language model becomes an MLflow model."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is here and what is missing, before or after set-up",
+        description="One line each: OK; TO DO with the mend, for what the notebooks need here and now, also "
+        "without a network (exit code 1); NOTE for what is worth knowing. Changes nothing.",
+    )
+    doctor.add_argument(
+        "--model", default="smollm2-135m", help="catalogue key, Hub id or folder (default: %(default)s)"
+    )
+    doctor.add_argument(
+        "--tracking-uri", default="", help="store to try (default: mlflow.db beside this project)"
+    )
+    doctor.set_defaults(command=_doctor)
+
     setup = commands.add_parser("setup", help="make .venv hold what requirements.lock says")
-    setup.set_defaults(command=lambda options: environment.setup() and None)
+    setup.add_argument(
+        "--wheelhouse",
+        type=Path,
+        default=os.environ.get("WHEELHOUSE") or None,
+        help="install from this folder alone, without a network (default: $WHEELHOUSE)",
+    )
+    setup.set_defaults(command=_setup)
+
+    wheelhouse = commands.add_parser(
+        "wheelhouse", help="gather all locked wheels, so that other machines are set up without a network"
+    )
+    wheelhouse.add_argument(
+        "--output",
+        type=Path,
+        default=environment.WHEELHOUSE,
+        help="folder of the wheels (default: wheelhouse)",
+    )
+    wheelhouse.set_defaults(command=_wheelhouse)
 
     lock = commands.add_parser("lock", help="resolve pyproject.toml again and write requirements.lock")
     lock.set_defaults(command=lambda options: environment.write_lock())
+
+    audit = commands.add_parser("audit", help="look the locked packages up for known vulnerabilities")
+    audit.set_defaults(command=lambda options: environment.audit())
 
     fetch = commands.add_parser(
         "fetch", help="fetch a model and convert it to ONNX, so that all else runs offline"
@@ -107,6 +153,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(command=_serve)
 
+    classroom = commands.add_parser(
+        "classroom", help="one MLflow server for a room, on PostgreSQL, installed where it is missing"
+    )
+    classroom.add_argument(
+        "--folder",
+        type=Path,
+        default=environment.ROOT / "classroom",
+        help="keeps what is logged (default: classroom)",
+    )
+    classroom.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="an address of this machine, or 0.0.0.0 for all; whoever reaches it may change everything "
+        "(default: %(default)s)",
+    )
+    classroom.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    classroom.add_argument("--workers", type=int, default=4, help="processes (default: %(default)s)")
+    classroom.add_argument(
+        "--allowed-hosts",
+        default="",
+        help="further names, separated by commas, under which learners reach this machine",
+    )
+    classroom.set_defaults(command=_classroom)
+
     container = commands.add_parser("containerfile", help="write a container context for a registered model")
     container.add_argument(
         "--model", default="models:/slm-onnx@champion", help="model URI (default: %(default)s)"
@@ -114,9 +184,39 @@ def _parser() -> argparse.ArgumentParser:
     container.add_argument("--output", type=Path, required=True, help="folder to write, for docker build")
     container.set_defaults(command=_containerfile)
 
+    site = commands.add_parser("site", help="write notebooks and guides as a static site to out/site")
+    site.set_defaults(command=_site)
+
+    student = commands.add_parser(
+        "student", help="write the student edition of the notebooks, and the full one beside it"
+    )
+    student.add_argument(
+        "--output",
+        type=Path,
+        default=environment.ROOT / "out",
+        help="folder of student/ and full/ (default: out)",
+    )
+    student.set_defaults(command=_student)
+
     save = commands.add_parser("save", help="execute the notebooks and save them in place with their outputs")
     save.set_defaults(command=_save)
     return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from helpers.workshop import doctor
+
+    return doctor.report(options.model, options.tracking_uri)
+
+
+def _setup(options: argparse.Namespace) -> None:
+    environment.setup(wheelhouse=options.wheelhouse and options.wheelhouse.resolve())
+
+
+def _wheelhouse(options: argparse.Namespace) -> None:
+    wheels = environment.make_wheelhouse(options.output.resolve())
+    folder = os.path.relpath(options.output)
+    print(f"{folder}: {wheels} wheels. Set up from them: make run WHEELHOUSE={folder}")
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -137,6 +237,7 @@ def _fetch(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from helpers.workshop import notebooks
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what CI sends works like Ctrl-C
     chosen = notebooks.select(options.notebooks, dict(options.parameters))
     for page in notebooks.run(chosen, options.output):
         print(f"Read it: {os.path.relpath(page)}")
@@ -149,6 +250,12 @@ def _serve(options: argparse.Namespace) -> None:
     openai_server.serve(options.model, **given)
 
 
+def _classroom(options: argparse.Namespace) -> None:
+    from helpers.serving import classroom
+
+    classroom.serve(**{name: value for name, value in vars(options).items() if name != "command"})
+
+
 def _containerfile(options: argparse.Namespace) -> None:
     import mlflow
 
@@ -159,6 +266,19 @@ def _containerfile(options: argparse.Namespace) -> None:
     print(
         f"Build it: docker build {os.path.relpath(containerfile.write(options.model, options.output).parent)}"
     )
+
+
+def _site(options: argparse.Namespace) -> None:
+    from helpers.workshop import site
+
+    print(f"Read it: {os.path.relpath(site.build())}")
+
+
+def _student(options: argparse.Namespace) -> None:
+    from helpers.workshop import editions
+
+    for path in editions.write(options.output):
+        print(os.path.relpath(path))
 
 
 def _save(options: argparse.Namespace) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import venv
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,12 +18,24 @@ LOCK = ROOT / "requirements.lock"
 # CUDA's libraries follow from torch's own exact pins where a CUDA build is wanted; locking them would
 # bring gigabytes to every laptop.
 CUDA_PACKAGES = re.compile(r"^(nvidia-|cuda-|triton==)")
+# What could still lead uv to an index, or to another folder, when it is to use a wheelhouse alone.
+INDEX_SETTINGS = ("UV_FIND_LINKS", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL",
+                  "UV_TORCH_BACKEND")  # fmt: skip
+# Of the Python Packaging Authority; not locked, for it is no part of the tutorial.
+AUDITOR = "pip-audit>=2.10,<3"
 SUPPORTED = ((3, 11), (3, 13))
+WHEELHOUSE = ROOT / "wheelhouse"
+# Made last in a wheelhouse: what it was made for, then each wheel's name, version and sha256, as pip reads.
+CONTENTS = "requirements.txt"
+STAMP = "setup.stamp"
+TORCH_BUILDS = "https://download.pytorch.org/whl"
 
 
-def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
+def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK, wheelhouse: Path | None = None) -> bool:
     """Make `prefix` hold exactly what `lock` says, and this project.
 
+    Args:
+        wheelhouse: take everything from this folder of `make wheelhouse`, and touch no network.
     Returns:
         True if something was installed, False if the environment already stood.
     Raises:
@@ -32,22 +46,126 @@ def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
             f"Python {platform.python_version()} is not one of 3.11, 3.12, 3.13. "
             "Choose another: make run PYTHON=python3.12"
         )
-    stamp = prefix / "setup.stamp"
-    wanted = _fingerprint(lock)
-    if stamp.exists() and stamp.read_text() == wanted:
+    if is_current(prefix, lock):
         return False
+    if wheelhouse:
+        check_wheelhouse(wheelhouse, lock)
+    stamp = prefix / STAMP
     stamp.unlink(missing_ok=True)
-    print(f"Setting up {prefix.name} from {lock.name} …", flush=True)
+    print(f"Setting up {prefix.name} from {wheelhouse or lock.name} …", flush=True)
     binaries = prefix / ("Scripts" if os.name == "nt" else "bin")
     if not (binaries / "pip").exists():  # the last thing that venv installs
         venv.create(prefix, with_pip=True)
-    _run([binaries / "python", "-m", "pip", "install", "--quiet", f"uv=={_locked('uv', lock)}"])
-    uv = [binaries / "uv", "pip", "install", "--python", binaries / "python"]
-    settings = uv_settings(pip_configuration(binaries / "python"))
-    _install_lock(uv, lock, os.environ | settings)
-    _run([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], os.environ | settings)
-    stamp.write_text(wanted)
+    pip = [binaries / "python", "-m", "pip", "install", "--quiet", f"uv=={_locked('uv', lock)}"]
+    # Bytecode is made once, here: a process that imports mlflow then starts in 2 s rather than 8, also where
+    # Python is told to write none.
+    uv = [binaries / "uv", "pip", "install", "--compile-bytecode", "--python", binaries / "python"]
+    if wheelhouse:
+        alone = ["--no-index", "--find-links", wheelhouse]
+        uv += ["--no-config", "--offline", *alone]
+        env = {name: value for name, value in os.environ.items() if name not in INDEX_SETTINGS}
+        _run([*pip, "--isolated", *alone])
+        _run([*uv, "--require-hashes", "-r", wheelhouse / CONTENTS], env)
+    else:
+        env = os.environ | uv_settings(pip_configuration(binaries / "python"))
+        _run(pip)
+        _install_lock(uv, lock, env)
+    _run([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], env)
+    stamp.write_text(_fingerprint(lock))
     return True
+
+
+def is_current(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
+    """Whether `prefix` was set up to the end, in this place, from this lock and with this Python."""
+    stamp = prefix / STAMP
+    return stamp.exists() and stamp.read_text() == _fingerprint(lock)
+
+
+def locked(lock: Path = LOCK) -> dict[str, str]:
+    """Name → version of what `lock` has for this system and Python. Needs the environment."""
+    from packaging.requirements import Requirement
+
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    here = [each for each in map(Requirement, lines) if not each.marker or each.marker.evaluate()]
+    return {each.name: str(each.specifier).removeprefix("==") for each in here}
+
+
+def installed() -> dict[str, str]:
+    """Name → version, with its build (2.13.0+cpu), of what this Python can import. Needs the environment."""
+    from packaging.utils import canonicalize_name
+
+    return {canonicalize_name(each.name): each.version for each in metadata.distributions()}
+
+
+def make_wheelhouse(folder: Path = WHEELHOUSE, lock: Path = LOCK) -> int:
+    """Gather a wheel of every locked package in `folder`, as installed in the environment that runs this.
+
+    Wheels that are there already stay; others are removed. What has no wheel on the index is built. The
+    folder serves machines with this system, processor and version of Python.
+
+    Returns:
+        How many wheels there are.
+    Raises:
+        SystemExit: if one cannot be had; the next try goes on from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONTENTS).unlink(missing_ok=True)
+    here = installed()
+    cuda = [name for name in here if CUDA_PACKAGES.match(f"{name}==")]  # torch brought them, if any
+    wanted = {name: here[name] for name in [*locked(lock), *cuda]}
+    # Only torch comes in builds for different hardware, some from an index of its own.
+    torch = f"torch=={wanted.pop('torch')}"
+    others = [f"{name}=={version}" for name, version in wanted.items()]
+    pip = [Path(sys.executable), "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", folder]
+    print(f"Gathering {len(others) + 1} wheels in {folder.name}, some 600 MB …", flush=True)
+    _run([*pip, *others])
+    build = torch.partition("+")[2]
+    if subprocess.run([*map(str, pip), torch], capture_output=bool(build)).returncode:
+        _run([*pip, *(["--extra-index-url", f"{TORCH_BUILDS}/{build}"] if build else []), torch])
+    lines = _contents(folder, wanted | {"torch": torch.partition("==")[2]})
+    (folder / CONTENTS).write_text("\n".join([*_made_for(lock), *lines]) + "\n")
+    return len(lines)
+
+
+def check_wheelhouse(folder: Path, lock: Path = LOCK) -> None:
+    """Raise SystemExit with one sentence unless `folder` is whole and made for this machine and this lock."""
+    again = "Make it on a machine like this one, with a network: make wheelhouse"
+    if not (folder / CONTENTS).is_file():
+        raise SystemExit(f"{folder} is not a finished wheelhouse: it has no {CONTENTS}. {again}")
+    lines = (folder / CONTENTS).read_text().splitlines()
+    (machine, made_from), (this, wanted) = lines[:2], _made_for(lock)
+    if machine != this:
+        raise SystemExit(f"{folder} was made for {machine[2:]}, and this is {this[2:]}. {again}")
+    if made_from != wanted:
+        raise SystemExit(f"{folder} was made from another {lock.name}. {again}")
+    names = [line.rpartition("# ")[2] for line in lines[2:]]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise SystemExit(f"{folder} lacks {', '.join(missing)}. Copy it again.")
+
+
+def _made_for(lock: Path) -> list[str]:
+    python = ".".join(map(str, sys.version_info[:2]))
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
+    return [f"# {platform.system()} {platform.machine()} with Python {python}", f"# {lock.name} {digest}"]
+
+
+def _contents(folder: Path, wanted: dict[str, str]) -> list[str]:
+    """A line with name, version and sha256 for each wheel in `folder`; others than `wanted` are removed."""
+    from packaging.utils import parse_wheel_filename
+    from packaging.version import Version
+
+    pins = {name: Version(version) for name, version in wanted.items()}
+    lines = []
+    for wheel in sorted(folder.glob("*.whl")):
+        name, version, _, _ = parse_wheel_filename(wheel.name)
+        if pins.get(name) != version:
+            wheel.unlink()
+            continue
+        with wheel.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        lines.append(f"{name}=={version} --hash=sha256:{digest}  # {wheel.name}")
+    return lines
 
 
 def uv_settings(pip: dict[str, str]) -> dict[str, str]:
@@ -87,6 +205,43 @@ def write_lock(lock: Path = LOCK) -> None:
     kept = [line for line in result.stdout.splitlines() if not CUDA_PACKAGES.match(line)]
     header = f"# Tested on Python {lowest} to {highest}; CUDA's own packages follow from torch."
     lock.write_text("\n".join([header, *kept]) + "\n")
+
+
+def audit(lock: Path = LOCK, service: str = "https://api.osv.dev/v1/query") -> int:
+    """Look every locked package up in a database of known vulnerabilities; pip-audit runs in its own place.
+
+    Args:
+        service: an address that speaks the query API of osv.dev.
+    Returns:
+        0 if none is known, 1 if some are; they are printed.
+    Raises:
+        RuntimeError: if not every package could be looked up.
+    """
+    settings = uv_settings(pip_configuration(Path(sys.executable)))
+    # fmt: off
+    command = [Path(sys.executable).with_name("uv"), "tool", "run", "--quiet", "--isolated",
+               "--from", AUDITOR, "pip-audit", "--requirement", lock, "--no-deps", "--disable-pip",
+               "--vulnerability-service", "osv", "--osv-url", service, "--format", "json",
+               "--progress-spinner", "off"]
+    # fmt: on
+    result = subprocess.run(map(str, command), env=os.environ | settings, capture_output=True, text=True)
+    try:
+        packages = json.loads(result.stdout)["dependencies"]
+    except ValueError:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        reason = re.sub(r"^[\w.]*?(\w+Error): .*", r"\1", last)  # of a traceback, the name is enough
+        raise RuntimeError(
+            f"The packages could not be looked up at {service} ({reason:.200}). Nothing was audited; "
+            "run `make audit` where that address can be reached."
+        ) from None
+    if skipped := [package["name"] for package in packages if "skip_reason" in package]:
+        raise RuntimeError(f"{service} could not answer for {', '.join(skipped)}. Run `make audit` again.")
+    known = [(package, flaw) for package in packages for flaw in package["vulns"]]
+    for package, flaw in known:
+        mend = f"mended in {', '.join(flaw['fix_versions'])}" if flaw["fix_versions"] else "not mended yet"
+        print(f"{package['name']} {package['version']}: {flaw['id']}, {mend}: https://osv.dev/{flaw['id']}")
+    print(f"{len(packages)} packages looked up, {len(known)} known vulnerabilities.")
+    return 1 if known else 0
 
 
 def _install_lock(uv: list, lock: Path, env: dict[str, str]) -> None:
@@ -132,4 +287,7 @@ def pip_configuration(python: Path) -> dict[str, str]:
 
 def _run(command: list, env: dict[str, str] | None = None) -> None:
     if subprocess.run([str(part) for part in command], env=env).returncode:
-        raise SystemExit(f"Set-up stopped: {' '.join(map(str, command))!r} failed; run it again to go on.")
+        raise SystemExit(
+            "Set-up stopped; the lines above say why. Mend that and run it again: it goes on from there. "
+            f"What failed: {' '.join(map(str, command))}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -53,6 +54,11 @@ def convert(name: str, text: str, type_name: str) -> object:
         raise _error(name, text, kind, example) from None
 
 
+def without_password(uri: str) -> str:
+    """The URI as it may be shown: user:***@host."""
+    return re.sub(r"(?<=://)([^/@]*?:)[^/]*(?=@)", r"\1***", uri)
+
+
 def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
     return ParameterError(f"{name}={value!r} is not {allowed}. Set it with -p {name} {example}")
 
@@ -92,6 +98,11 @@ def _tracking_uri(name: str, value: object) -> None:
     """Accept the empty text (the project's own store), a reachable server, or a database URI."""
     if not isinstance(value, str):
         raise _error(name, value, "a text (empty: the project's own mlflow.db)", "http://127.0.0.1:5000")
+    if without_password(value) != value:
+        raise ParameterError(
+            f"{name}={without_password(value)!r} holds a password, and parameters are saved in the notebook. "
+            f"Set the environment variable MLFLOW_TRACKING_URI to it instead, and leave {name} empty."
+        )
     uri = value or os.environ.get("MLFLOW_TRACKING_URI", "")
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
@@ -106,7 +117,7 @@ def _tracking_uri(name: str, value: object) -> None:
     elif uri and scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
         raise _error(
             name,
-            uri,
+            without_password(uri),
             "empty, a server (http://…) or a database (sqlite:///…, postgresql://…)",
             "http://127.0.0.1:5000",
         )
@@ -121,7 +132,7 @@ def _reachable(name: str, uri: str, timeout: float = 5.0) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ParameterError(
-            f"{name}={uri!r} does not answer ({reason}). Start it with `mlflow server`, "
+            f"{name}={without_password(uri)!r} does not answer ({reason}). Start it with `mlflow server`, "
             f"or leave {name} empty to use the project's own mlflow.db."
         ) from None
 

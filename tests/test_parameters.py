@@ -128,3 +128,31 @@ def test_in_a_notebook_the_error_is_one_line():
     printed = (captured.stdout + captured.stderr).strip()
     assert printed.startswith("ParameterError: seed=-1 is not")
     assert "\n" not in printed
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:hunter2@db:5432/mlflow", "postgresql://me:***@db:5432/mlflow"),
+        ("https://me:hunter2%40@host", "https://me:***@host"),
+        ("mysql+pymysql://me:hunter2@a@host/db", "mysql+pymysql://me:***@host/db"),
+    ],
+)
+def test_a_password_is_no_parameter_and_is_not_shown(uri, shown):
+    said = refused(tracking_uri=uri)
+    assert said.startswith(
+        f"tracking_uri={shown!r} holds a password, and parameters are saved in the notebook."
+    )
+    assert "MLFLOW_TRACKING_URI" in said
+
+
+def test_a_password_in_the_environment_may_be_used_and_is_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    said = refused(tracking_uri="")
+    assert said.startswith("tracking_uri='http://me:***@127.0.0.1:9' does not answer")
+    assert "hunter2" not in said
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///a/b@c.db", "http://host:5000", "postgresql://me@db/mlflow"])
+def test_an_address_without_a_password_is_shown_as_it_is(uri):
+    assert parameters.without_password(uri) == uri

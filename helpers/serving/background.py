@@ -8,6 +8,7 @@ system closes that end, and the supervisor takes the server down. Works on Linux
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 STOP_SECONDS = 10  # how long the server may take to end by itself
@@ -25,28 +27,44 @@ LOG_LINES = 15
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, name: str, startup_timeout: float) -> Iterator[str]:
+def running(
+    command: list[str],
+    port: int,
+    name: str,
+    startup_timeout: float,
+    *,
+    url: str | None = None,
+    healthy: Callable[[str], bool] | None = None,
+    log_file: Path | None = None,
+    secrets: dict[str, str] | None = None,
+) -> Iterator[str]:
     """Start a server that answers `/health` on 127.0.0.1, and end it with the block, whatever happens in it.
 
     Args:
         command: the server, with the tracking store of this process in its environment.
         name: what the progress line calls it.
         startup_timeout: seconds until it must be healthy.
+        url: where it is, if that is not the port of 127.0.0.1.
+        healthy: tells whether a URL is served, if not `/health` does; an OSError means not yet.
+        log_file: where its output is kept; otherwise it goes with the block.
+        secrets: for the server's environment; a command line can be read by every user of the machine.
     Yields:
         Its URL.
     Raises:
-        RuntimeError: with the last lines of the server's log, if it does not come up.
+        RuntimeError: if the port is taken; with the last lines of the server's log, if it does not come up.
     """
     import mlflow
 
-    url = f"http://127.0.0.1:{port}"
-    env = os.environ | {
+    refuse_if_taken(port)
+    url = url or f"http://127.0.0.1:{port}"
+    env = {**os.environ, **(secrets or {})} | {
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
         # MLflow calls `uvicorn` by its name, and a kernel need not have its environment on PATH
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
-    with tempfile.NamedTemporaryFile(prefix="server-", suffix=".log") as log:
+    temporary = partial(tempfile.NamedTemporaryFile, prefix="server-", suffix=".log")
+    with log_file.open("w") if log_file else temporary() as log:
         supervisor = subprocess.Popen(
             [sys.executable, __file__, *command],
             stdin=subprocess.PIPE,
@@ -57,7 +75,8 @@ def running(command: list[str], port: int, name: str, startup_timeout: float) ->
         )
         try:
             print(f"Starting {name} … ", end="", flush=True)
-            seconds = _wait_until_healthy(url, supervisor, startup_timeout, name, Path(log.name))
+            probe = healthy or answers
+            seconds = _wait_until_healthy(url, supervisor, startup_timeout, name, Path(log.name), probe)
             print(f"ready at {url} after {seconds:.0f} s", flush=True)
             yield url
         finally:
@@ -72,15 +91,43 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_healthy(url: str, server: subprocess.Popen, limit: float, name: str, log: Path) -> float:
-    """Poll `/health`; seconds until it answered."""
+def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
+    """Raise RuntimeError, with what to do, if a port is in use: its holder could pass for our server."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just closed is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise RuntimeError(
+                f"port={port} of {host} is in use by another program. End that, or choose another port."
+            ) from None
+
+
+def answers(url: str) -> bool:
+    """True when `/health` of a server is answered; raises OSError when not."""
+    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+    return True
+
+
+def _wait_until_healthy(
+    url: str,
+    server: subprocess.Popen,
+    limit: float,
+    name: str,
+    log: Path,
+    healthy: Callable[[str], bool],
+) -> float:
+    """Ask `healthy` again and again; seconds until it said yes."""
     started = time.monotonic()
     while (elapsed := time.monotonic() - started) < limit:
         if server.poll() is not None:
             reason = f"ended with exit code {server.returncode}"
             break
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return elapsed
+        with contextlib.suppress(OSError):
+            if healthy(url):
+                return elapsed
         time.sleep(0.1)
     else:
         reason = f"was not healthy within {limit:g} s"

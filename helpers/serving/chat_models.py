@@ -46,6 +46,11 @@ def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
         if alias:
             version = str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
     served = ServedModel(name, version, info.model_id or "", (info.metadata or {}).get("system_message"))
+    if "python_model" in info.flavors.get("python_function", {}):
+        raise ValueError(
+            f"{model_uri} is a pickled Python class, and a pickle runs any code that is in it. "
+            "Log the class as a file: log_model(python_model='my_model.py')."
+        )
     if "transformers" in info.flavors:
         config = info.flavors["python_function"].get("config") or {}
         return served, TransformersChat(mlflow.transformers.load_model(model_uri), config)

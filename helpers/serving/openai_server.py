@@ -317,7 +317,7 @@ def serve(
         grace: seconds that answers in progress have to finish when the server is stopped.
     Raises:
         ValueError: for a public address without a key, or a sampling rate outside 0 to 1.
-        RuntimeError: if the model cannot be loaded, or its process dies.
+        RuntimeError: if another program listens there, the model cannot be loaded, or its process dies.
     """
     api_key = api_key or os.environ.get(API_KEY) or None
     if not 0 <= trace_sampling <= 1:
@@ -326,6 +326,7 @@ def serve(
         raise ValueError(f"host={host} can be reached by others: set {API_KEY}, or use --host 127.0.0.1.")
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the model's process is ended, too
+    background.refuse_if_taken(port, host)
     # Bound before the model is loaded, which takes long; refused until it is.
     config = uvicorn.Config(
         app=None, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=grace
@@ -349,12 +350,18 @@ def serve(
 
 
 def running(
-    model_uri: str, *, port: int | None = None, startup_timeout: float = 300, **options
+    model_uri: str,
+    *,
+    port: int | None = None,
+    startup_timeout: float = 300,
+    api_key: str | None = None,
+    **options,
 ) -> AbstractContextManager[str]:
     """Serve a model in the background, and end the server with the block, whatever happens in it.
 
     Args:
         model_uri, options: as of `serve`; the tracking store is the one of this process.
+        api_key: None asks for none, for only this machine is served.
         port: of 127.0.0.1; None takes a free one.
         startup_timeout: seconds until the server must be healthy.
     Yields:
@@ -365,7 +372,8 @@ def running(
     port = port or background.free_port()
     code = f"from {__name__} import serve; serve({model_uri!r}, port={port}, **{options!r})"
     command = [sys.executable, "-c", code]
-    return background.running(command, port, f"an OpenAI server for {model_uri}", startup_timeout)
+    what, key = f"an OpenAI server for {model_uri}", {API_KEY: api_key or ""}
+    return background.running(command, port, what, startup_timeout, secrets=key)
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,6 +21,7 @@ def connected(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+        mlflow.set_workspace(None)
 
 
 def left(processes: list[psutil.Process], seconds: float = 30) -> list[psutil.Process]:

@@ -1,0 +1,239 @@
+"""One server for a room: thirty learners at once, kept over a restart, closed to others."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import requests
+from serving_support import connected, left
+
+from helpers import tracking
+from helpers.__main__ import main
+from helpers.environment import ROOT
+from helpers.serving import background, classroom
+
+LEARNERS = 30
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Path:
+    return classroom.binaries() or pytest.skip("no PostgreSQL here; try apt-get install postgresql")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's own user can reach when root runs the tests, unlike pytest's."""
+    folder = Path(tempfile.mkdtemp(prefix="classroom-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def server(postgres, folder, restarted) -> Iterator[str]:
+    """The URI of a server over the folder that has seen a restart."""
+    with classroom.running(folder, port=None, allowed_hosts="teacher.local") as uri:
+        yield uri
+
+
+@contextmanager
+def command(folder: Path) -> Iterator[tuple[str, subprocess.Popen, list[psutil.Process], list[str]]]:
+    """`python -m helpers classroom` once it is ready: URI, process, its family, and what it prints."""
+    port = background.free_port()
+    arguments = ["classroom", "--folder", folder, "--port", port, "--workers", 2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpers", *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        shown: list[str] = []
+        for line in process.stdout:
+            shown.append(line)
+            if "Ctrl-C" in line:
+                break
+        assert "Ctrl-C" in "".join(shown[-1:]), shown
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield f"http://127.0.0.1:{port}", process, family, shown
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def restarted(postgres, folder) -> dict:
+    """What a run looks like after its server was killed and started again, and how both ended."""
+    found = {}
+    with command(folder) as (uri, process, family, shown):
+        found["shown"], found["uri"] = "".join(shown), uri
+        with connected(uri), mlflow.start_run() as run:
+            mlflow.log_metric("seconds", 1.5)
+            mlflow.log_text("The capital of Spain is Madrid.", "answer.txt")
+        process.send_signal(signal.SIGKILL)  # the laptop's battery is empty
+        process.wait()
+        found["left after SIGKILL"] = left(family)
+    with command(folder) as (uri, process, family, _):
+        with connected(uri):
+            found["metrics"] = mlflow.get_run(run.info.run_id).data.metrics
+            found["answer"] = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/answer.txt")
+        found["owners of PostgreSQL"] = {p.username() for p in family if p.name() == "postgres"}
+        found["listens on TCP"] = [p.pid for p in family if p.name() == "postgres" and p.net_connections()]
+        process.send_signal(signal.SIGTERM)
+        found["last words"] = process.stdout.read()
+        found["exit code"] = process.wait(60)
+        found["left after SIGTERM"] = left(family)
+    return found
+
+
+def test_it_says_what_learners_set_and_nothing_about_danger_on_loopback(restarted):
+    assert f'tracking_uri = "{restarted["uri"]}"' in restarted["shown"]
+    assert "no encryption" not in restarted["shown"]
+
+
+def test_what_was_logged_is_there_after_a_kill_and_a_restart(restarted):
+    assert restarted["metrics"] == {"seconds": 1.5}
+    assert restarted["answer"] == "The capital of Spain is Madrid."
+
+
+def test_nothing_runs_on_after_it_ends_however_it_ends(restarted):
+    assert restarted["left after SIGKILL"] == []
+    assert restarted["left after SIGTERM"] == []
+    assert restarted["exit code"] == 0
+    assert "goes on with it" in restarted["last words"]
+
+
+def test_postgresql_never_runs_as_root_and_has_no_port(restarted):
+    assert len(restarted["owners of PostgreSQL"]) == 1
+    assert "root" not in restarted["owners of PostgreSQL"]
+    assert restarted["listens on TCP"] == []
+
+
+def test_thirty_learners_log_at_once_and_nothing_is_lost(server, folder, tiny_phi3_onnx, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import classroom as benchmark
+
+    before = mlflow.get_tracking_uri()
+    found = benchmark.measure(server, folder, LEARNERS, steps=5)
+    tracking.connect(before, "fixtures")
+    assert found["errors"] == []
+    assert found["runs logged"] == found["runs expected"] == LEARNERS * benchmark.RUNS
+    assert found["runs lost"] == 0
+    assert found["models registered"] == LEARNERS
+    assert found["requests answered"] > found["runs expected"] * 10
+    assert found["answered 5xx"] == 0
+
+
+def test_a_notebook_logs_to_it_headless_into_a_workspace_of_its_own(server, tmp_path):
+    given = {"model": "tiny-phi3", "max_new_tokens": 9, "tracking_uri": server, "experiment": "Anna B."}
+    parameters = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    result = subprocess.run(
+        [sys.executable, "-m", "helpers", "run", "01", *parameters, "--output", tmp_path],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+    )
+    assert result.returncode == 0, result.stderr
+    before = mlflow.get_tracking_uri()
+    try:
+        tracking.connect(server, "Anna B.")
+        runs = mlflow.search_runs(experiment_names=["Anna B."])
+        assert set(runs.status) == {"FINISHED"}
+        version = mlflow.MlflowClient().get_model_version_by_alias("slm-transformers", "candidate")
+        assert version.run_id in set(runs.run_id)
+        tracking.connect(server, "Ben")
+        assert mlflow.MlflowClient().search_registered_models() == []
+    finally:
+        tracking.connect(before, "fixtures")
+    assert "MLFLOW_WORKSPACE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "teacher.local:{port}"}, 200),
+        ({"Host": "teacher.local:{port}", "Origin": "http://teacher.local:{port}"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "teacher.local:{port}", "Origin": "https://elsewhere.example"}, 403),
+    ],
+    ids=["a learner", "a learner's browser", "another name", "another page in the browser"],
+)
+def test_only_requests_to_its_own_names_and_from_its_own_pages_are_answered(server, headers, status):
+    headers = {name: value.format(port=server.rpartition(":")[2]) for name, value in headers.items()}
+    asked = requests.post(
+        f"{server}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, headers=headers, timeout=30
+    )
+    assert asked.status_code == status
+
+
+def test_a_second_server_over_the_same_folder_is_refused(server, folder):
+    with (
+        pytest.raises(RuntimeError, match="already runs over"),
+        classroom.running(folder, port=background.free_port()),
+    ):
+        pytest.fail("two servers over one database")
+
+
+def refused(capsys, *arguments) -> tuple[int, str]:
+    code = main(["classroom", *map(str, arguments)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return code, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--host", "0.0.0.0"], "Say under which names"),
+        (["--allowed-hosts", "*"], "allowed_hosts='*' is not a name"),
+        (["--allowed-hosts", "http://teacher.local"], "allowed_hosts='http://teacher.local' is not a name"),
+        (["--workers", "0"], "workers=0 is less than 1"),
+    ],
+)
+def test_bad_values_end_before_anything_is_made(postgres, arguments, sentence, tmp_path, capsys):
+    code, error = refused(capsys, "--folder", tmp_path / "room", *arguments)
+    assert code == 2
+    assert sentence in error
+    assert not (tmp_path / "room").exists()
+
+
+def test_a_port_in_use_is_named(postgres, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, error = refused(capsys, "--folder", tmp_path / "room", "--port", port)
+    assert code == 1
+    assert re.search(rf"port {port} .*in use.*--port 5050", error)
+    assert not (tmp_path / "room").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another user")
+def test_a_folder_that_postgresql_s_user_cannot_reach_is_named(postgres, tmp_path, capsys):
+    tmp_path.chmod(0o700)
+    code, error = refused(capsys, "--folder", tmp_path / "room", "--port", background.free_port())
+    assert code == 1
+    assert "cannot enter" in error
+    assert not (tmp_path / "room" / "database").exists()
+
+
+def test_without_postgresql_and_apt_it_says_how_to_install_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(classroom, "PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, error = refused(capsys, "--folder", tmp_path / "room")
+    assert code == 1
+    assert "sudo apt-get install postgresql" in error
+    assert not (tmp_path / "room").exists()
+
+
+def test_a_public_address_is_told_what_is_not_protected():
+    told = classroom._instructions("http://192.168.1.20:5000", Path("classroom"), "192.168.1.20")
+    assert "no log-in and no encryption" in told

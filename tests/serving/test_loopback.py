@@ -1,0 +1,145 @@
+"""Live servers and kernels listen on this machine only, and no command line shows a key."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import nbformat
+import psutil
+from serving_support import connected, left
+
+from helpers.environment import ROOT
+from helpers.serving import background, mlflow_server, openai_server
+from helpers.workshop import notebooks
+
+LOOPBACK = {"127.0.0.1", "::1"}
+
+
+def listening(root: psutil.Process) -> list[tuple[str, int]]:
+    """Address and port of every TCP socket that a process and what it started listen on."""
+    found = []
+    for process in [root, *root.children(recursive=True)]:
+        connections = process.net_connections("tcp")
+        found += [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
+    return found
+
+
+@contextmanager
+def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
+    """`make TARGET` in the environment of these tests, once it answers; ended with all that it started."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "MLFLOW"))}
+    command = ["make", "-C", str(ROOT), "-o", "setup", target, f"VENV={Path(sys.executable).parent}"]
+    process = subprocess.Popen(
+        command,
+        env=own | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    family = []
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(url):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, f"{url} never answered"
+            time.sleep(0.2)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        yield family[0]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        for member in left(family, seconds=5):
+            member.kill()
+        process.communicate()
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_mlflows_server_listens_on_this_machine_only_and_reads_no_pickle(tiny_uri, store):
+    with connected(store), mlflow_server.serve(tiny_uri) as url:
+        heard = listening(psutil.Process())
+        served = [child.environ() for child in psutil.Process().children(recursive=True)]
+    assert served
+    assert {each["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] for each in served} == {"false"}
+    assert int(url.rpartition(":")[2]) in {port for _, port in heard}
+    assert {address for address, _ in heard} <= LOOPBACK
+
+
+def test_the_openai_server_listens_on_this_machine_only_and_its_key_is_on_no_command_line(tiny_uri, store):
+    key = "sk-not-for-others"
+    with connected(store), openai_server.running(tiny_uri, api_key=key) as url:
+        heard = listening(psutil.Process())
+        lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).is_success
+    assert int(url.rpartition(":")[2]) in {port for _, port in heard}
+    assert {address for address, _ in heard} <= LOOPBACK
+    assert any("helpers.serving.openai_server" in line for line in lines)
+    assert not [line for line in lines if key in line]
+
+
+def test_mlflows_pages_listen_on_this_machine_only_and_the_store_is_on_no_command_line(tmp_path):
+    port = background.free_port()
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    with make("ui", f"http://127.0.0.1:{port}/health", PORT=str(port), TRACKING_URI=store) as process:
+        heard = listening(process)
+        lines = [" ".join(child.cmdline()) for child in process.children(recursive=True)]
+    assert port in {port for _, port in heard}
+    assert {address for address, _ in heard} <= LOOPBACK
+    assert not [line for line in lines if store in line]
+
+
+def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
+    (tmp_path / "jupyter_server_config.py").write_text(
+        "c.ServerApp.open_browser = False\nc.ServerApp.allow_root = True\n"  # tests may run as root
+    )
+    port, token = background.free_port(), "a-token-of-the-tests"
+    environment = {
+        "JUPYTER_CONFIG_DIR": str(tmp_path),
+        "JUPYTER_DATA_DIR": str(tmp_path),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "run"),
+        "JUPYTER_PORT": str(port),
+        "JUPYTER_TOKEN": token,
+    }
+    url = f"http://127.0.0.1:{port}/api"
+    with make("lab", url, **environment) as process:
+        headers = {"Authorization": f"token {token}"}
+        assert httpx.get(f"{url}/kernels").status_code == 403
+        assert httpx.post(f"{url}/kernels", headers=headers, json={}, timeout=60).status_code == 201
+        deadline = time.monotonic() + 30
+        while (
+            len(heard := listening(process)) < 6 and time.monotonic() < deadline
+        ):  # a kernel has five sockets
+            time.sleep(0.2)
+    assert port in {port for _, port in heard}
+    assert len(heard) >= 6
+    assert {address for address, _ in heard} <= LOOPBACK
+
+
+def test_the_kernel_of_a_headless_run_listens_on_this_machine_only(tmp_path):
+    code = (
+        "import json, psutil\n"
+        "found = psutil.Process().net_connections('tcp')\n"
+        "print(json.dumps([c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]))"
+    )
+    parameters = nbformat.v4.new_code_cell("model: str = 'x'", metadata={"tags": ["parameters"]})
+    book = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
+    nbformat.write(book, tmp_path / "page.ipynb")
+    notebooks.run({tmp_path / "page.ipynb": {}}, tmp_path / "out")
+    executed = nbformat.read(tmp_path / "out" / "page.ipynb", as_version=4)
+    heard = set(json.loads(executed.cells[-1].outputs[0].text))
+    assert heard <= LOOPBACK  # the messages themselves go through sockets in the file system

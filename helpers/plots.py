@@ -63,7 +63,14 @@ def runs_plot(
         _tidy(axes)
     if numeric:
         figure.axes[0].legend(frameon=False)
-    return figure
+    told = [
+        f"{_LABELS.get(metric, metric)}: "
+        + ", ".join(
+            f"{value} → {median:.3g}" for value, median in data.groupby(parameter)[metric].median().items()
+        )
+        for metric in metrics
+    ]
+    return _described(figure, f"A point for each run against {parameter}. Medians of {'; '.join(told)}.")
 
 
 def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -> Figure:
@@ -121,6 +128,25 @@ def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -
         title="Quality against speed; area is size on disk",
     )
     _tidy(axes)
+    told = [
+        f"{name}: {row['accuracy']:.0%} right, {row['tokens_per_second']:.0f} tokens/s, "
+        f"{row['size_mb']:.0f} MB, "
+        + ("winner" if row["winner"] else "passes" if row["passes"] else "fails the gate")
+        for name, row in gated.iterrows()
+    ]
+    return _described(figure, f"Accuracy against speed, with a gate at {line:.0f}%. {'; '.join(told)}.")
+
+
+def _described(figure: Figure, text: str) -> Figure:
+    """Let the figure carry its alternative text into the notebook, from where nbconvert takes it."""
+
+    def mimebundle(**_) -> tuple[dict, dict]:
+        from IPython.core.pylabtools import print_figure
+
+        png = print_figure(figure, fmt="png", base64=True)
+        return {"image/png": png}, {"image/png": {"alt": text}}
+
+    figure._repr_mimebundle_ = mimebundle
     return figure
 
 

@@ -123,3 +123,10 @@ plots.runs_plot(runs, "threads", ["seconds"])
     NotebookClient(notebook, timeout=120).execute()
     drawn = [output for output in notebook.cells[0].outputs if "image/png" in output.get("data", {})]
     assert len(drawn) == 1
+
+
+def test_figures_tell_their_figures_to_those_who_cannot_see_them(gated, runs):
+    _, precision = plots.precision_plot(gated)._repr_mimebundle_()
+    assert "int8: 72% right, 137 tokens/s, 271 MB, winner" in precision["image/png"]["alt"]
+    _, study = plots.runs_plot(runs, "max_new_tokens")._repr_mimebundle_()
+    assert "8 → 0.4, 16 → 0.8, 64 → 3.2" in study["image/png"]["alt"]

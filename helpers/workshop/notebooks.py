@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import inspect
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 from helpers import parameters
 
@@ -68,11 +70,28 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
         NotebookError: when a cell fails; the executed copy up to that cell is kept for reading.
     """
     output.mkdir(parents=True, exist_ok=True)
-    return [_to_html(_execute(path, values, output)) for path, values in chosen.items()]
+    return [_produce(path, values, output) for path, values in chosen.items()]
+
+
+def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
+    """Execute and render; a second run into the same folder waits, or the two would write over each other."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output / f".{notebook.stem}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting: another run writes {os.path.relpath(output / notebook.name)}.", flush=True)
+        lock.acquire()
+    try:
+        return _to_html(_execute(notebook, values, output))
+    finally:
+        lock.release()
 
 
 def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     executed = output / notebook.name
@@ -87,6 +106,11 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
             f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
             f"What it did until then: {os.path.relpath(executed)}"
         ) from None
+    except DeadKernelError:
+        raise NotebookError(
+            f"{notebook.name} stopped: its kernel was killed, as the system does when memory runs out. "
+            f"What it did until then: {os.path.relpath(executed)} Run it again: nothing has to be cleaned up."
+        ) from None
     return executed
 
 
@@ -95,13 +119,21 @@ def _private_kernel():
     """Settings for a kernel that talks through sockets of this user, not over TCP (except on Windows).
 
     jupyter_client 8 would name the sockets relative to the working directory, and kernel and client differ
-    in theirs.
+    in theirs. The kernel's temporary files go to the same folder: MLflow writes a whole model there, and a
+    kernel that is killed removes nothing.
     """
+    import psutil
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        sockets = {"transport": "ipc", "ip": f"{folder}/socket"}
-        yield Config(KernelManager={} if os.name == "nt" else sockets)
+    for left in Path(tempfile.gettempdir()).glob("kernel-*-*"):  # by a run that was killed itself
+        owner = left.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f"kernel-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        sockets = {"transport": "ipc", "ip": f"{folder}/socket", "connection_file": f"{folder}/kernel.json"}
+        with patch.dict(os.environ, {"TMPDIR": folder}):  # Python looks there first, on every system
+            yield Config(KernelManager={} if os.name == "nt" else sockets)
 
 
 def _to_html(executed: Path) -> Path:

@@ -6,17 +6,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-expect.set_options(timeout=60_000)  # a page that is still loading on a busy machine is not wrong
+from helpers.environment import ROOT
+
+try:
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
+except ImportError:  # each file of tests says so and is skipped
+    Browser = Page = None
+else:
+    expect.set_options(timeout=60_000)  # a page that is still loading on a busy machine is not wrong
+
+SCREENSHOTS = ROOT / "out" / "screenshots"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def chromium() -> str:
     """Path of the browser; without one the tests of this folder are skipped, before anything is started."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    return found or pytest.skip(f"none of {', '.join(names)} is on PATH; try apt install chromium")
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    reason = f"none of {', '.join(names)} is on PATH, nor Playwright's own; try apt install chromium"
+    return own if Path(own).exists() else pytest.skip(reason)
 
 
 # Not for the session: Playwright's event loop must be gone when other tests start theirs.
@@ -53,13 +65,13 @@ def pictures() -> Path | None:
 
 
 @pytest.fixture
-def picture(page, pictures, tmp_path) -> Callable[[str], None]:
-    """Keep what the page shows as NAME.png in the test's folder, and in $PICTURES where that is set."""
+def picture(page, pictures) -> Callable[..., None]:
+    """Keep what the page shows in out/screenshots and, for the README, in $PICTURES where that is set."""
 
-    def take(name: str) -> None:
+    def take(name: str, readme: bool = False, **options) -> None:
         page.mouse.move(0, 0)  # no tooltip
         page.wait_for_timeout(1000)  # until what slides or fades has come to rest
-        for folder in filter(None, (tmp_path, pictures)):
-            page.screenshot(path=folder / f"{name}.png")
+        for folder in filter(None, (SCREENSHOTS, pictures if readme else None)):
+            page.screenshot(path=folder / f"{name}.png", **options)
 
     return take

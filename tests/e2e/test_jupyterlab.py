@@ -1,8 +1,9 @@
-"""Both notebooks in JupyterLab, as a person would: open, Run All Cells, look, save."""
+"""Both notebooks in JupyterLab, as a person would: `make lab`, open, Run All Cells, look, save."""
 
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import Page, expect
 
+from helpers.environment import ROOT
 from helpers.serving import background
-from helpers.workshop import notebooks
+from helpers.workshop import checking, editions, notebooks
 
 MINUTE = 60_000  # ms
 DEBRIS = re.compile(r"it/s\]|s/it\]|\d+%\|")
@@ -25,23 +30,34 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(pictures, tmp_path_factory) -> Path:
-    """Copies of the notebooks without outputs, for the toy model unless pictures are to be taken."""
+    """The notebooks without outputs, and the student edition in student/; for the toy model unless pictures
+    are to be taken, and without the sections that start servers in the student edition."""
     folder = tmp_path_factory.mktemp("lab")
+    (student, full) = (editions.write(folder)[0].parent, folder)
     for path in notebooks.NOTEBOOKS.values():
         book = nbformat.read(path, as_version=4)
         for cell in book.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-            if "parameters" in cell.metadata.get("tags", ()) and not pictures:
-                assert 'model: str = "smollm2-135m"' in cell.source
-                cell.source = cell.source.replace("smollm2-135m", "tiny-phi3", 1)
-        nbformat.write(book, folder / path.name)
+        nbformat.write(book, full / path.name)
+        replaced = [] if pictures else [('model: str = "smollm2-135m"', 'model: str = "tiny-phi3"')]
+        _set_parameters(full / path.name, replaced)
+        _set_parameters(student / path.name, [*replaced, ("serve: bool = True", "serve: bool = False")])
     return folder
+
+
+def _set_parameters(path: Path, replaced: list[tuple[str, str]]) -> None:
+    book = nbformat.read(path, as_version=4)
+    (cell,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
+    for old, new in replaced:
+        assert old in cell.source
+        cell.source = cell.source.replace(old, new, 1)
+    nbformat.write(book, path)
 
 
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory) -> Iterator[str]:
-    """Address of a JupyterLab without anybody's settings; `{}` stands for a notebook's file name."""
+    """Address of what `make lab` starts, without anybody's settings; `{}` stands for a notebook's path."""
     home, port, token = tmp_path_factory.mktemp("home"), background.free_port(), secrets.token_hex(16)
     settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
@@ -52,23 +68,27 @@ def lab(folder, tmp_path_factory) -> Iterator[str]:
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTER_TOKEN": token,
         "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    # fmt: off
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip", "127.0.0.1", "--port", str(port),
-               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
-    # fmt: on
+    flags = f"--no-browser --ip 127.0.0.1 --port {port} --ServerApp.port_retries=0"
     if os.geteuid() == 0:
-        command.append("--allow-root")
+        flags += " --allow-root"
+    # `-o setup`: the environment that runs this test is not to be made anew by it
+    command = ["make", "-o", "setup", "lab", f"NOTEBOOK={folder / notebooks.NOTEBOOKS['01'].name}"]
     with (
         (home / "lab.log").open("w") as log,
-        subprocess.Popen(command, env=own, stdout=log, stderr=log) as server,
+        subprocess.Popen(
+            [*command, f"PARAMS={flags}"], cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True
+        ) as server,
     ):
         try:
             _wait_for(f"http://127.0.0.1:{port}/api", server, Path(log.name))
             yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"  # reset: only this one open
         finally:
-            server.terminate()
+            family = psutil.Process(server.pid).children(recursive=True)
+            os.killpg(server.pid, signal.SIGTERM)
+            _gone, rest = psutil.wait_procs(family, timeout=30)
+            for process in rest:
+                process.kill()
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -83,21 +103,65 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
             time.sleep(0.2)
 
 
-@pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
-def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, page, picture, tmp_path):
-    path = folder / notebooks.NOTEBOOKS[name].name
-    page.goto(lab.format(path.name))
-    kernel = page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) |")
-    expect(kernel).to_have_text("Python 3 (ipykernel) | Idle", timeout=2 * MINUTE)
-    _choose(page, "Run", "Run All Cells")
+def test_make_lab_opens_in_the_notebooks_folder_with_this_environment_s_kernel(lab, page, picture):
+    page.goto(lab.format(notebooks.NOTEBOOKS["01"].name))
+    _wait_until_idle(page)
+    listed = page.locator(".jp-DirListing-itemText")
+    for path in notebooks.NOTEBOOKS.values():
+        expect(listed.filter(has_text=path.name)).to_be_visible()
+    kernels = [p for p in psutil.Process().children(recursive=True) if "ipykernel_launcher" in p.cmdline()]
+    assert kernels
+    assert {Path(kernel.cmdline()[0]).parent for kernel in kernels} == {Path(sys.executable).parent}
+    picture("jupyterlab")
 
+
+@pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
+def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, page, picture):
+    path = folder / notebooks.NOTEBOOKS[name].name
+    cells = _run_all(page, lab, path, path.name, picture)
+    plotted = [cell for cell in cells if "plots." in cell.source]
+    assert all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in plotted)
+    figures = page.locator(".jp-RenderedImage img")
+    expect(figures).to_have_count(len(plotted))
+    for figure in figures.all():
+        figure.scroll_into_view_if_needed()
+        assert figure.evaluate("image => image.naturalWidth") > 0
+    picture(f"jupyterlab-{name}-figure")
+    answer = page.locator(".jp-OutputArea-output").filter(has_text="Answer:").first
+    answer.evaluate("element => element.scrollIntoView({block: 'center'})")
+    picture(f"jupyterlab-{name}", readme=name == "01")
+
+
+@pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
+def test_the_student_edition_runs_to_its_end_and_every_exercise_gives_its_hint(
+    name, lab, folder, page, picture
+):
+    file = f"student/{notebooks.NOTEBOOKS[name].name}"
+    cells = _run_all(page, lab, folder / file, file, picture)
+    exercises = [cell for cell in cells if "exercise" in cell.metadata.get("tags", ())]
+    assert len(exercises) >= 4
+    for cell in exercises:
+        (output,) = cell.outputs
+        assert output.text.startswith(checking.NOT_YET)
+        assert "Hint: " in output.text
+    hint = page.locator(".jp-OutputArea-output").filter(has_text="Hint:").first
+    hint.evaluate("element => element.scrollIntoView({block: 'center'})")
+    expect(hint).to_be_visible()
+    picture(f"jupyterlab-{name}-student")
+
+
+def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbformat.NotebookNode]:
+    """Open, Run All Cells, wait for the end, save; the code cells as saved, with neither error nor debris."""
+    page.goto(lab.format(file))
+    _wait_until_idle(page)
+    _choose(page, "Run", "Run All Cells")
     last = page.locator(".jp-CodeCell .jp-InputPrompt").last
     noise = page.locator("[data-mime-type='application/vnd.jupyter.stderr']")  # errors have this type, too
     end = last.filter(has_text=f"[{len(_code(path))}]:").or_(noise)
     expect(end.first).to_be_visible(timeout=10 * MINUTE)
-    page.screenshot(path=tmp_path / "end.png")
+    picture(f"jupyterlab-{file.partition('_')[0].replace('/', '-')}-end")
     assert noise.all_inner_texts() == []
-    expect(kernel).to_have_text("Python 3 (ipykernel) | Idle")
+    _wait_until_idle(page)
 
     _choose(page, "File", "Save Notebook")
     expect(page.locator(".jp-mod-dirty")).to_have_count(0)
@@ -108,17 +172,12 @@ def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, p
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert not [output for output in outputs if DEBRIS.search(str(output))]
+    return cells
 
-    plotted = [cell for cell in cells if "plots." in cell.source]
-    assert all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in plotted)
-    figures = page.locator(".jp-RenderedImage img")
-    expect(figures).to_have_count(len(plotted))
-    for figure in figures.all():
-        figure.scroll_into_view_if_needed()
-        assert figure.evaluate("image => image.naturalWidth") > 0
-    answer = page.locator(".jp-OutputArea-output").filter(has_text="Answer:").first
-    answer.evaluate("element => element.scrollIntoView({block: 'center'})")
-    picture(f"jupyterlab-{name}")
+
+def _wait_until_idle(page: Page) -> None:
+    kernel = page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) |")
+    expect(kernel).to_have_text("Python 3 (ipykernel) | Idle", timeout=2 * MINUTE)
 
 
 def _code(path: Path) -> list[nbformat.NotebookNode]:

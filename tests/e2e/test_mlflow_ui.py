@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import mlflow
 import pytest
+
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import expect
 
 from helpers import tracking
@@ -18,7 +20,7 @@ EXPERIMENT = "small-language-models"
 
 
 @pytest.fixture(scope="module")
-def store(pictures, tmp_path_factory) -> Iterator[dict]:
+def store(pictures, log_wrapper, tmp_path_factory) -> Iterator[dict]:
     """A store filled as the notebooks do it: a registered champion, traced answers, runs with figures.
 
     Gives experiment_id, model, precision, tokens (question → total) and runs (limit → metrics).
@@ -30,7 +32,7 @@ def store(pictures, tmp_path_factory) -> Iterator[dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGNAME", "reader")  # MLflow notes who ran it; a picture should not
         tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", EXPERIMENT)
-        wrapper = _champion(model, precision, folder)
+        wrapper = _champion(log_wrapper, model, precision, folder)
         yield {
             "experiment_id": mlflow.get_experiment_by_name(EXPERIMENT).experiment_id,
             "model": model,
@@ -41,19 +43,10 @@ def store(pictures, tmp_path_factory) -> Iterator[dict]:
     mlflow.set_tracking_uri(before)
 
 
-def _champion(model, precision, folder) -> onnx_chat_model.Phi3Model:
-    example, defaults = {"prompt": "What is the capital of Spain?"}, onnx_chat_model.DEFAULT_PARAMS
+def _champion(log_wrapper, model, precision, folder) -> onnx_chat_model.Phi3Model:
     with mlflow.start_run(run_name="custom-python-wrapper"):
         mlflow.log_params({"model": model.key, "precision": precision})
-        logged = mlflow.pyfunc.log_model(
-            name="phi3-mlflow-model",
-            python_model=onnx_chat_model.__file__,
-            artifacts={"phi3-mini-onnx": str(folder)},
-            signature=mlflow.models.infer_signature(example, ["Madrid"], defaults),
-            input_example=(example, defaults),
-            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
-            registered_model_name="slm-onnx",
-        )
+        logged = log_wrapper(folder)
     client, version = mlflow.MlflowClient(), logged.registered_model_version
     client.update_model_version("slm-onnx", version, f"{model.key} in {precision}, behind a Python class.")
     for tag, value in {**fetch.source(folder), "precision": precision}.items():
@@ -123,7 +116,7 @@ def test_the_traces_show_question_tokens_and_version_of_every_answer(store, ui, 
         expect(row.get_by_role("cell", name="OK", exact=True)).to_be_visible()
         expect(row.get_by_role("cell", name=str(tokens), exact=True)).to_be_visible()
         expect(row.get_by_role("button", name="model_version: slm-onnx/1")).to_be_visible()
-    picture("mlflow-traces")
+    picture("mlflow-traces", readme=True)
 
 
 def test_the_registered_model_shows_version_alias_tags_and_description(store, ui, page, picture):
@@ -138,10 +131,10 @@ def test_the_registered_model_shows_version_alias_tags_and_description(store, ui
     tags = page.get_by_role("row").filter(has_text="precision")
     expect(tags.get_by_text(store["precision"], exact=True)).to_be_visible()
     expect(page.get_by_text("source_revision")).to_be_visible()
-    picture("mlflow-model")
+    picture("mlflow-model", readme=True)
 
 
-def test_the_runs_of_a_study_stand_side_by_side_with_their_metrics(store, ui, page, tmp_path):
+def test_the_runs_of_a_study_stand_side_by_side_with_their_metrics(store, ui, page, picture):
     page.goto(f"{ui}/#/experiments/{store['experiment_id']}/runs")
     study = page.get_by_role("gridcell").filter(has=page.get_by_role("link", name="length-study"))
     study.get_by_role("button").click()  # the plus sign: a study's runs are folded away at first
@@ -152,7 +145,7 @@ def test_the_runs_of_a_study_stand_side_by_side_with_their_metrics(store, ui, pa
         run = page.get_by_role("row").filter(has=page.get_by_role("link", name=f"{limit} tokens", exact=True))
         figure = page.locator(f"[row-index='{run.get_attribute('row-index')}'] [col-id*=completion_tokens]")
         expect(figure).to_have_text(str(store["runs"][limit]["completion_tokens"]))
-    page.screenshot(path=tmp_path / "runs.png")
+    picture("mlflow-runs")
 
 
 def test_a_run_shows_its_parameter_and_its_metrics(store, ui, page):

@@ -1,0 +1,342 @@
+"""The notebooks' exercises: each check runs what a learner made and says what is wrong, and a hint.
+
+`exercises.check_tell(globals())` stands at the end of a learner's cell; see `checking.exercise`. Each check's
+docstring is the claim that it holds the result against.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from helpers.workshop.checking import NotChecked, Wrong, call, exercise, of_type, short
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import ActiveRun
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.pyfunc import PyFuncModel
+
+    from helpers.models.catalog import Model
+    from helpers.models.onnx_chat_model import Completion, Phi3Model
+
+
+@exercise("1.1", "Set the seed with `transformers.set_seed(seed)`, then ask with `do_sample=True`.")
+def check_tell(tell: Callable[[str, int], str]) -> str:
+    """Equal seeds give equal answers of `chatbot`, other seeds other ones."""
+    story = "Tell me a story about a robot."
+    said = [call(tell, story, seed) for seed in (1, 2, 1, 3)]
+    for text in said:
+        of_type(str, text, "what `tell` returned", 'The text is reply[0]["generated_text"][-1]["content"].')
+    if said[0] != said[2]:
+        raise Wrong(
+            f"seed 1 gave {short(said[0])} and then {short(said[2])}.",
+            "Set the seed inside `tell`, right before the model is asked: transformers.set_seed(seed).",
+        )
+    if len(set(said)) == 1:
+        raise Wrong(
+            f"seeds 1, 2 and 3 all gave {short(said[0])}.",
+            "Greedy answers ignore the seed: ask with do_sample=True. And is the seed you set the one given?",
+        )
+    return "equal seeds give equal answers, other seeds other ones."
+
+
+@exercise("1.2", "`mlflow.log_metric(…, run_id=…)` adds to a finished run; `search_runs` knows `order_by`.")
+def check_best_run(best_run: str, study: ActiveRun) -> str:
+    """Every run of the study has its metric, and `best_run` is the id of the one where it is highest."""
+    import mlflow
+
+    runs = mlflow.search_runs(
+        [study.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{study.info.run_id}'",
+        output_format="list",
+    )
+    logged = {run.info.run_id: run.data.metrics.get("words_per_second") for run in runs}
+    if without := [run for run in logged if logged[run] is None]:
+        raise Wrong(
+            f"{len(without)} of {len(runs)} runs have no metric `words_per_second`.",
+            "Loop over `runs` and call mlflow.log_metric('words_per_second', …, run_id=…) for each.",
+        )
+    for run in runs:
+        words, seconds = len(run.data.tags["answer"].split()), run.data.metrics["seconds"]
+        if abs(logged[run.info.run_id] - words / seconds) > 1e-3 * (words / seconds + 1):
+            raise Wrong(
+                f"run {run.info.run_id} has {logged[run.info.run_id]:.3g} words per second, but its answer "
+                f"has {words} words in {seconds:.3g} s, {words / seconds:.3g} per second.",
+                "Words are what `split()` makes of the tag `answer`; divide by the metric `seconds`.",
+            )
+    of_type(str, best_run, "`best_run`", "The table has a column run_id; take its first entry.")
+    if best_run not in logged:
+        raise Wrong(
+            f"{best_run!r} is none of the study's {len(runs)} runs.",
+            "Search with the filter that made `runs`, and take the run's id.",
+        )
+    if logged[best_run] < max(logged.values()):
+        raise Wrong(
+            f"it has {logged[best_run]:.3g} words per second; another run has {max(logged.values()):.3g}.",
+            "order_by sorts upwards unless it says DESC: ['metrics.words_per_second DESC'].",
+        )
+    return f"{logged[best_run]:.1f} words per second, the most of {len(runs)} runs."
+
+
+@exercise("1.3", "Load f'models:/slm-transformers/{number}', ask it, and only then set the alias, or not.")
+def check_move_alias(
+    move_alias: Callable[[str, str, str, str], bool],
+    candidate: PyFuncModel,
+    chosen: Model,
+    question: str,
+    version: ModelVersion,
+) -> str:
+    """The alias moves to a version that answers as expected, and to no other; the return value says which."""
+    import mlflow
+
+    client, alias = mlflow.MlflowClient(), f"exercise-{uuid.uuid4().hex[:8]}"
+    (completion,) = candidate.predict({"messages": chosen.messages(question)})
+    text = completion["choices"][0]["message"]["content"]
+    expected = (re.findall(r"\w+", text) or [text])[-1]
+    never = "42 purple elephants"
+
+    def at() -> str | None:
+        found = client.get_registered_model(version.name).aliases.get(alias)
+        return found and str(found)
+
+    try:
+        moved = call(move_alias, alias, version.version, question, never)
+        if at():
+            raise Wrong(
+                f"the alias moved although the answer does not hold {never!r}.",
+                "Set the alias inside an `if` that looks for `expected` in the answer.",
+            )
+        if moved is not False:
+            raise Wrong(f"the gate was shut, and the function returned {short(moved)}.", "Return False then.")
+        moved = call(move_alias, alias, version.version, question, expected)
+        if not at():
+            raise Wrong(
+                f"the alias did not move, although the answer, {short(text)}, holds {expected!r}.",
+                "Ask with chosen.messages(question), whose system turn matters, and set the alias then.",
+            )
+        if at() != str(version.version):
+            raise Wrong(f"the alias is at version {at()}, not at {version.version}.", "Set it to `number`.")
+        if moved is not True:
+            raise Wrong(f"the alias moved, and the function returned {short(moved)}.", "Return True then.")
+    finally:
+        client.delete_registered_model_alias(version.name, alias)
+    return f"the alias moves when the answer holds {expected!r}, and stays where it does not."
+
+
+@exercise("1.4", "search_traces takes `filter_string`, `order_by` and `max_results`, as search_runs does.")
+def check_slowest(slowest: str, version: ModelVersion) -> str:
+    """`slowest` is the id of the trace that took longest among those of this version."""
+    import mlflow
+
+    of_type(str, slowest, "`slowest`", "The id is in trace.info.trace_id.")
+    mlflow.flush_trace_async_logging()
+    mine = f"tags.model_version = '{version.name}/{version.version}'"
+    found = mlflow.search_traces(filter_string=mine, include_spans=False, return_type="list")
+    took = {trace.info.trace_id: trace.info.execution_duration for trace in found}
+    if not took:
+        raise Wrong("no trace has this version's tag.", "Run the cells of this section first.")
+    if slowest not in took:
+        raise Wrong(
+            f"{slowest!r} is none of the {len(took)} traces of {version.name}/{version.version}.",
+            "Filter by the tag that `chat` sets: " + mine.replace(f"{version.name}/{version.version}", "…"),
+        )
+    if took[slowest] < max(took.values()):
+        raise Wrong(
+            f"it took {took[slowest]} ms; another trace of this version took {max(took.values())}.",
+            "The newest comes first unless you ask for order_by=['execution_time_ms DESC'].",
+        )
+    return f"{took[slowest]} ms, the longest of {len(took)} traces."
+
+
+@exercise("2.1", "A call's `params` may name texts at which the answer ends: {'stop': [mark]}.")
+def check_ask_until(
+    ask_until: Callable[[str, str], str], loaded: PyFuncModel, wrapper: Phi3Model, chosen: Model
+) -> str:
+    """The answer ends before the mark, because the model stops there."""
+    for question in ("Tell me about Spain.", "What is the capital of Italy?"):
+        whole = loaded.predict({"prompt": wrapper.apply_chat_template(chosen.messages(question))})[0]
+        if not whole:
+            raise NotChecked("the model's answer is empty; take a model that answers.")
+        inside = [mark for mark in (".", ",") if 0 < whole.find(mark) < len(whole) - 1]
+        mark = inside[0] if inside else whole[len(whole) // 2]
+        sentence = whole.partition(mark)[0]
+        with _calls(wrapper) as calls:
+            text = call(ask_until, question, mark)
+        of_type(str, text, "what `ask_until` returned", "predict returns a list; its item is the text.")
+        if text == whole:
+            raise Wrong(f"the answer goes on after {mark!r}: {short(text)}.")
+        if text != sentence:
+            raise Wrong(
+                f"for {question!r} and {mark!r} it returned {short(text)}, not {short(sentence)}.",
+                "Ask `loaded` with the prompt of chosen.messages(question), and add nothing to the text.",
+            )
+        if wasted := [row for rows in calls for row in rows if row.text != sentence]:
+            raise Wrong(
+                f"the text is right, but the model wrote {wasted[0].completion_tokens} tokens and your code "
+                "threw some away.",
+                "Let the model stop by itself: params={'stop': [mark]}.",
+            )
+    return "the model stops where the mark would come, and writes no token more."
+
+
+@exercise("2.2", "One call, one set of params: table.groupby('max_new_tokens') gathers what can share one.")
+def check_score(score: Callable[[pd.DataFrame], Any], loaded: PyFuncModel, wrapper: Phi3Model) -> str:
+    """Every row is answered with its own limit, in the table's order, with one call for each limit."""
+    import pandas as pd
+
+    limits = [6, 2, 4, 2, 6]
+    prompts = [f"Count to {number}: 1, 2," for number in range(10, 10 + len(limits))]
+    index = [f"row {number}" for number in range(len(limits))]
+    table = pd.DataFrame({"prompt": prompts, "max_new_tokens": limits}, index=index)
+    right = [
+        loaded.predict({"prompt": prompt}, params={"max_new_tokens": limit})[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    with _calls(wrapper) as calls:
+        answers = call(score, table.copy())
+    if isinstance(answers, str | dict | pd.DataFrame) or not hasattr(answers, "__iter__"):
+        raise Wrong(f"`score` returned a {type(answers).__name__}.", "Return a list, or a Series, of texts.")
+    answers = list(answers)
+    if len(answers) != len(right):
+        raise Wrong(f"{len(table)} rows went in and {len(answers)} answers came out.")
+    if answers != right and sorted(map(str, answers)) == sorted(right):
+        raise Wrong(
+            "the answers are right, but not in the order of the rows.",
+            "Put each group's answers at its rows' places: answers.loc[rows.index] = … in a Series.",
+        )
+    for row, (got, wanted) in enumerate(zip(answers, right, strict=True)):
+        if got != wanted:
+            raise Wrong(
+                f"row {row}, with a limit of {limits[row]} tokens, got {short(got)}, not {short(wanted)}.",
+                "Each row's own limit goes into params={'max_new_tokens': int(limit)} of its call.",
+            )
+    if len(calls) > len(set(limits)):
+        raise Wrong(f"all answers are right, but {len(set(limits))} limits took {len(calls)} calls.")
+    return f"{len(limits)} rows with {len(set(limits))} limits were answered in {len(calls)} calls, in order."
+
+
+@exercise("2.3", "`itertools.islice(stream, count)` takes that many pieces; `stream.close()` ends the work.")
+def check_peek(peek: Callable[[Iterator[str], int], str], loaded: PyFuncModel, chat_prompt: str) -> str:
+    """The first pieces are read, no more, and the stream is closed."""
+    pieces = list(loaded.predict_stream({"prompt": chat_prompt}))
+    for count in {1, max(1, min(3, len(pieces) - 1))}:
+        taken = []
+
+        def stream(taken: list[str] = taken) -> Iterator[str]:
+            for piece in loaded.predict_stream({"prompt": chat_prompt}):
+                taken.append(piece)
+                yield piece
+
+        running = stream()
+        text = call(peek, running, count)
+        if text != "".join(pieces[:count]):
+            raise Wrong(
+                f"the first {count} of the pieces make {short(''.join(pieces[:count]))}, and `peek` returned "
+                f"{short(text)}.",
+                "Join the pieces with ''.join(…).",
+            )
+        if len(taken) > count:
+            raise Wrong(
+                f"{count} pieces were asked for and {len(taken)} taken: the model wrote them for nobody.",
+                "list(stream) and a `break` one piece late take too many; itertools.islice(stream, count) "
+                "does not.",
+            )
+        if inspect.getgeneratorstate(running) != inspect.GEN_CLOSED:
+            raise Wrong(
+                "the stream is still open, and the model goes on writing.",
+                "Call stream.close(), or use `with contextlib.closing(stream):`.",
+            )
+    return "the reader leaves after the pieces it wanted, and the model stops."
+
+
+@exercise("2.4", "Its type is 'array'; `items` describes one city, `minItems` and `maxItems` how many.")
+def check_cities_schema(cities_schema: dict, loaded: PyFuncModel, wrapper: Phi3Model, chosen: Model) -> str:
+    """The schema allows lists of three texts and nothing else, and the model keeps to it."""
+    from jsonschema import Draft202012Validator, SchemaError
+
+    of_type(dict, cities_schema, "`cities_schema`", "Write the schema as a dict, as `schema` above.")
+    try:
+        Draft202012Validator.check_schema(cities_schema)
+    except SchemaError as error:
+        raise Wrong(f"this is no JSON schema: {short(error.message)}") from error
+    allows = Draft202012Validator(cities_schema).is_valid
+    if not allows(["Rome", "Oslo", "Lima"]):
+        raise Wrong("it does not allow ['Rome', 'Oslo', 'Lima'].")
+    shapes = {
+        "two cities": (["Rome", "Oslo"], "Set minItems to 3."),
+        "four cities": (["Rome", "Oslo", "Lima", "Bern"], "Set maxItems to 3."),
+        "numbers": ([1, 2, 3], "Say what an item is: 'items': {'type': 'string'}."),
+        "something that is no list": ({"cities": "Rome"}, "Set 'type': 'array' at the top."),
+    }
+    for shape, (example, hint) in shapes.items():
+        if allows(example):
+            raise Wrong(f"it also allows {shape}: {json.dumps(example)}.", hint)
+    asked = wrapper.apply_chat_template(chosen.messages("Which three cities should I visit in Italy?"))
+    given = {"json_schema": json.dumps(cities_schema), "max_new_tokens": 128}
+    try:
+        (text,) = loaded.predict({"prompt": asked}, params=given)
+    except Exception as error:
+        raise Wrong(f"the model refused it: {short(error)}") from error
+    try:
+        json.loads(text)
+    except ValueError:
+        raise Wrong(
+            f"the answer was cut before it was whole: {short(text)}",
+            "A weak model may never end a text: bound each item with maxLength, 20 for example.",
+        ) from None
+    return f"the shape holds, {text}; what stands in it is up to the model."
+
+
+@exercise("2.5", "`evaluation.gate(table, max_drop)` says who passes; a column's `idxmin()` names the least.")
+def check_smallest(smallest: Callable[[pd.DataFrame, float], str], table: pd.DataFrame) -> str:
+    """Of those that pass the gate, the one with the least on disk is named, whatever was measured."""
+    from helpers import evaluation
+
+    reference = evaluation.reference_among(table.index)
+    others = table["size_mb"].drop(reference)
+    if others.empty:
+        raise NotChecked("only one candidate was measured; there is nothing to choose from.")
+    # The same candidates, as if the smallest were also the worst, by 30 points.
+    bad = table.assign(accuracy=0.8)
+    bad.loc[others.idxmin(), "accuracy"] = 0.5
+    for measured, max_drop in [(table, 0.05), (bad, 0.05), (bad, 0.4), (table, 0.0), (table, 1.0)]:
+        verdict = evaluation.gate(measured, max_drop)
+        right = verdict.query("passes")["size_mb"].idxmin()
+        name = call(smallest, measured.copy(), max_drop)
+        if not isinstance(name, str) or name not in table.index:
+            raise Wrong(f"it returned {short(name)}.", f"Return a name: {', '.join(table.index)}.")
+        if not verdict.loc[name, "passes"]:
+            raise Wrong(
+                f"with max_drop={max_drop} it chose {name}: {verdict.loc[name, 'reason']}.",
+                "Keep only rows that pass: evaluation.gate(table, max_drop).query('passes').",
+            )
+        if name != right:
+            sizes = measured["size_mb"]
+            raise Wrong(
+                f"with max_drop={max_drop} it chose {name} ({sizes[name]:.0f} MB), and {right} passes with "
+                f"{sizes[right]:.0f} MB.",
+                "Take the least size_mb among those that pass, and hand max_drop on to the gate.",
+            )
+    return f"of those that pass, {smallest(table, evaluation.MAX_DROP)} is the smallest here."
+
+
+@contextmanager
+def _calls(wrapper: Phi3Model) -> Iterator[list[list[Completion]]]:
+    """What the loaded model writes in this block: one list of Completions for each call."""
+    calls, generate = [], wrapper.generate
+
+    def generate_and_remember(prompts: list, params: dict | None = None) -> list[Completion]:
+        calls.append(generate(prompts, params))
+        return calls[-1]
+
+    wrapper.generate = generate_and_remember
+    try:
+        yield calls
+    finally:
+        del wrapper.generate

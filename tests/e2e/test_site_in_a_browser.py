@@ -1,0 +1,68 @@
+"""The site in a real browser: without a network, by axe-core's rules, on a wide and on a narrow screen."""
+
+import pytest
+
+from helpers.workshop import site
+
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="Playwright or axe is missing; `make setup` installs them"
+)
+
+PAGES = [page.name for page in site.pages()]
+NARROW = {"width": 390, "height": 800}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> str:
+    """Where the site's folder is, as a browser sees it: plain files, no server."""
+    place = tmp_path_factory.mktemp("site")
+    return site.build(executed=place, output=place / "site").parent.as_uri()
+
+
+@pytest.fixture(scope="module")
+def requests(page) -> list[tuple[str, str | None]]:
+    """All that the pages ask for: address, and why it failed. The network is cut off."""
+    asked: list[tuple[str, str | None]] = []
+    page.context.set_offline(True)
+    page.on("requestfinished", lambda request: asked.append((request.url, None)))
+    page.on("requestfailed", lambda request: asked.append((request.url, request.failure)))
+    return asked
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_whole_without_a_network(name, address, requests, page, picture):
+    requests.clear()
+    page.goto(f"{address}/{name}")
+    page.wait_for_load_state("networkidle")
+    assert requests
+    assert [request for request in requests if request[1]] == []
+    assert [url for url, _ in requests if not url.startswith(("file:", "data:"))] == []
+    for image in page.locator("main img").all():
+        assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+    picture(f"site-{name.partition('.')[0]}")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_breaks_no_rule_of_axe(name, address, requests, page):
+    page.goto(f"{address}/{name}")
+    violations = axe.Axe().run(page).response["violations"]
+    assert [(rule["id"], rule["nodes"][0]["html"][:200]) for rule in violations] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_narrow_screen(name, address, requests, page, picture):
+    wide = page.viewport_size
+    page.set_viewport_size(NARROW)
+    try:
+        page.goto(f"{address}/{name}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+        picture(f"site-{name.partition('.')[0]}-narrow")
+    finally:
+        page.set_viewport_size(wide)
+
+
+def test_the_first_tab_leads_past_the_menu(address, requests, page):
+    page.goto(f"{address}/index.html")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"

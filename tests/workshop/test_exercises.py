@@ -1,0 +1,302 @@
+"""Each student edition runs to its end; there learners go wrong in many ways, and then right."""
+
+import nbformat
+import papermill
+import pytest
+
+from helpers.workshop import checking, editions, exercises, notebooks
+
+# What a learner might write, what the check says is wrong, and the hint (each in part).
+FIRST_HINT = {  # while nothing is written
+    "1.1": "Set the seed with `transformers.set_seed(seed)`",
+    "1.2": "adds to a finished run",
+    "1.3": "Load f'models:/slm-transformers/{number}'",
+    "1.4": "`filter_string`, `order_by` and `max_results`",
+    "2.1": "{'stop': [mark]}",
+    "2.2": "table.groupby('max_new_tokens')",
+    "2.3": "`stream.close()` ends the work",
+    "2.4": "Its type is 'array'",
+    "2.5": "says who passes",
+}
+_ASK = "chatbot(chosen.messages(question), max_new_tokens=16, do_sample={})"
+_TEXT = "[0]['generated_text'][-1]['content']"
+_WORDS = (
+    "for _, row in runs.iterrows():\n"
+    "    mlflow.log_metric('words_per_second', {}, run_id=row['run_id'])\n"
+    "best_run = {}"
+)
+_RIGHT_WORDS = "len(row['tags.answer'].split()) / row['metrics.seconds']"
+_MOVE = "def move_alias(alias, number, question, expected):\n    {}"
+_SET = "client.set_registered_model_alias('slm-transformers', alias, number)"
+_TRACES = "mlflow.search_traces(return_type='list', {})"
+_MINE = "filter_string=f\"tags.model_version = '{version.name}/{version.version}'\""
+_UNTIL = (
+    "def ask_until(question, mark):\n"
+    "    asked = {{'prompt': wrapper.apply_chat_template(chosen.messages(question))}}\n"
+    "    return {}"
+)
+_SCORE = (
+    "def score(table):\n"
+    "    def ask(rows, limit):\n"
+    "        return loaded.predict(rows[['prompt']], params={{'max_new_tokens': int(limit)}})\n"
+    "    return {}"
+)
+_PEEK = "def peek(stream, count):\n    {}"
+_SMALLEST = "def smallest(table, max_drop):\n    return {}"
+ATTEMPTS = [
+    ("1.1", "del tell", "there is no `tell`", "what the check looks for"),
+    ("1.1", "tell = None", "`tell` is still empty", FIRST_HINT["1.1"]),
+    ("1.1", "tell = 'Madrid'", "this is 'Madrid'", "Start with `def`"),
+    ("1.1", "def tell(question): return ''", "raised TypeError: tell() takes 1", FIRST_HINT["1.1"]),
+    (
+        "1.1",
+        "def tell(question, seed):\n    return chatbott(question)",
+        "raised NameError: name 'chatbott'",
+        FIRST_HINT["1.1"],
+    ),
+    (
+        "1.1",
+        f"def tell(question, seed):\n    return {_ASK.format(False)}{_TEXT}",
+        "seeds 1, 2 and 3 all gave",
+        "ask with do_sample=True",
+    ),
+    (
+        "1.1",
+        f"def tell(question, seed):\n    return {_ASK.format(True)}{_TEXT}",
+        "seed 1 gave",
+        "Set the seed inside `tell`",
+    ),
+    (
+        "1.1",
+        f"def tell(question, seed):\n    transformers.set_seed(5)\n    return {_ASK.format(True)}{_TEXT}",
+        "seeds 1, 2 and 3 all gave",
+        "is the seed you set the one given?",
+    ),
+    ("1.1", f"def tell(question, seed):\n    return {_ASK.format(True)}", "of type list, not str", "content"),
+    ("1.1", "def tell(question, seed): raise SystemExit(3)", "raised SystemExit", FIRST_HINT["1.1"]),
+    ("1.2", "best_run = runs.run_id[0]", "8 of 8 runs have no metric", "Loop over `runs`"),
+    (
+        "1.2",
+        _WORDS.format("1e9", "runs.run_id[0]"),
+        "has 1e+09 words per second, but",
+        "divide by the metric",
+    ),
+    ("1.2", _WORDS.format(_RIGHT_WORDS, "runs"), "of type DataFrame, not str", "column run_id"),
+    ("1.2", "best_run = study.info.run_id", "none of the study's 8 runs", "Search with the filter"),
+    (
+        "1.2",
+        "rates = [r.data.metrics['words_per_second'] for r in map(mlflow.get_run, runs.run_id)]\n"
+        "best_run = runs.run_id[rates.index(min(rates))]",
+        "words per second; another run has",
+        "DESC",
+    ),
+    ("1.3", _MOVE.format(f"{_SET}; return True"), "the alias moved although", "inside an `if`"),
+    ("1.3", _MOVE.format("return False"), "the alias did not move, although", "chosen.messages(question)"),
+    ("1.3", _MOVE.format("return 'no'"), "the gate was shut, and the function returned 'no'", "Return False"),
+    (
+        "1.3",
+        _MOVE.format(f"if 'elephants' in expected: return False\n    {_SET}; return 'moved'"),
+        "the alias moved, and the function returned 'moved'",
+        "Return True",
+    ),
+    ("1.3", _MOVE.format("return mlflow.pyfunc.load_model('models:/nobody/1')"), "raised", "Load f'models:"),
+    ("1.4", f"slowest = {_TRACES.format(_MINE)}[0]", "of type Trace, not str", "trace.info.trace_id"),
+    ("1.4", "slowest = 'tr-0'", "'tr-0' is none of the 3 traces", "Filter by the tag that `chat` sets"),
+    (
+        "1.4",
+        "with mlflow.start_span('slow'):\n"
+        "    time.sleep(0.2)\n"
+        "    mlflow.update_current_trace(tags={'model_version': f'{version.name}/{version.version}'})\n"
+        "mlflow.flush_trace_async_logging()\n"
+        "slowest = " + _TRACES.format(_MINE + ", order_by=['execution_time_ms']") + "[0].info.trace_id",
+        "ms; another trace of this version took",
+        "DESC",
+    ),
+    ("2.1", _UNTIL.format("loaded.predict(asked)[0]"), "the answer goes on after", FIRST_HINT["2.1"]),
+    (
+        "2.1",
+        _UNTIL.format("loaded.predict(asked)[0].partition(mark)[0]"),
+        "tokens and your code threw some away",
+        "Let the model stop by itself",
+    ),
+    (
+        "2.1",
+        _UNTIL.format("loaded.predict(asked, params={'stop': [mark]})"),
+        "of type list, not str",
+        "its item is the text",
+    ),
+    ("2.1", _UNTIL.format("'The capital'"), "it returned 'The capital', not", "add nothing to the text"),
+    ("2.2", _SCORE.format("ask(table, 6)"), "row 1, with a limit of 2 tokens, got", "Each row's own limit"),
+    (
+        "2.2",
+        _SCORE.format(
+            "[text for limit, rows in table.groupby('max_new_tokens') for text in ask(rows, limit)]"
+        ),
+        "not in the order of the rows",
+        "Put each group's answers at its rows' places",
+    ),
+    (
+        "2.2",
+        _SCORE.format("[ask(table.iloc[[n]], limit)[0] for n, limit in enumerate(table['max_new_tokens'])]"),
+        "3 limits took 5 calls",
+        FIRST_HINT["2.2"],
+    ),
+    ("2.2", _SCORE.format("ask(table[:1], 6)"), "5 rows went in and 1 answers came out", FIRST_HINT["2.2"]),
+    ("2.2", _SCORE.format("ask(table, 6)[0]"), "returned a str", "Return a list"),
+    (
+        "2.3",
+        _PEEK.format("return ''.join(list(stream)[:count])"),
+        "pieces were asked for and",
+        "take too many",
+    ),
+    (
+        "2.3",
+        _PEEK.format("return ''.join(piece for piece, _ in zip(stream, range(count)))"),
+        "pieces were asked for and",
+        "islice(stream, count)",
+    ),
+    (
+        "2.3",
+        _PEEK.format("return ''.join(next(stream) for _ in range(count))"),
+        "the stream is still open",
+        "contextlib.closing(stream)",
+    ),
+    (
+        "2.3",
+        _PEEK.format("return '|' + ''.join(next(stream) for _ in range(count))"),
+        "and `peek` returned '|",
+        "Join the pieces",
+    ),
+    ("2.4", "cities_schema = '[]'", "of type str, not dict", "Write the schema as a dict"),
+    ("2.4", "cities_schema = {'type': 'aray'}", "this is no JSON schema", FIRST_HINT["2.4"]),
+    ("2.4", "cities_schema = {'type': 'object'}", "it does not allow ['Rome'", FIRST_HINT["2.4"]),
+    ("2.4", "cities_schema = {'type': 'array'}", "it also allows two cities", "minItems"),
+    ("2.4", "cities_schema = {'type': 'array', 'minItems': 3}", "it also allows four cities", "maxItems"),
+    (
+        "2.4",
+        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3}",
+        "it also allows numbers",
+        "'items': {'type': 'string'}",
+    ),
+    (
+        "2.4",
+        "cities_schema = {'minItems': 3, 'maxItems': 3, 'items': {'type': 'string'}}",
+        "something that is no list",
+        "'type': 'array'",
+    ),
+    (
+        "2.4",
+        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3,\n"
+        "                 'items': {'type': 'string', 'minLength': 200}, 'examples': [1]}",
+        "it does not allow ['Rome'",
+        FIRST_HINT["2.4"],
+    ),
+    (
+        "2.4",
+        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3, 'items': {'type': 'string'}}",
+        "the answer was cut before it was whole",
+        "maxLength",
+    ),
+    (
+        "2.5",
+        _SMALLEST.format("table['size_mb'].idxmin()"),
+        "more than the 5 allowed",
+        "Keep only rows that pass",
+    ),
+    (
+        "2.5",
+        _SMALLEST.format("evaluation.gate(table).query('passes')['size_mb'].idxmin()"),
+        "with max_drop=0.4 it chose",
+        "hand max_drop on",
+    ),
+    (
+        "2.5",
+        _SMALLEST.format("evaluation.gate(table, max_drop).query('passes')['size_mb'].idxmax()"),
+        "passes with",
+        "Take the least size_mb",
+    ),
+    ("2.5", _SMALLEST.format("evaluation.gate(table, max_drop)"), "it returned", "Return a name: "),
+]
+
+
+def run(name: str, folder) -> nbformat.NotebookNode:
+    """The student edition, run with the toy model; behind its end the attempts, and then our solutions."""
+    full = nbformat.read(notebooks.NOTEBOOKS[name], as_version=4)
+    solutions = {cell.id[-3:].replace("-", "."): cell for cell in full.cells if "solution" in cell.id}
+    book = editions.student(full)
+    for place, (number, code, _, _) in enumerate(ATTEMPTS):
+        if number in solutions:
+            check = solutions[number].source.splitlines()[-1]
+            book.cells.append(nbformat.v4.new_code_cell(f"{code}\n\n{check}", id=f"attempt-{place}"))
+    book.cells += [
+        nbformat.v4.new_code_cell(cell.source, id=f"solved-{cell.id}") for cell in solutions.values()
+    ]
+    nbformat.write(book, folder / "student.ipynb")
+    parameters = {"model": "tiny-phi3", "tracking_uri": f"sqlite:///{folder}/mlflow.db", "serve": False}
+    return papermill.execute_notebook(
+        folder / "student.ipynb", folder / "executed.ipynb", parameters, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[str, str]:
+    """What the cells of both notebooks printed, by their ids; a cell that raised would have ended it here."""
+    books = [run(name, tmp_path_factory.mktemp(name)) for name in notebooks.NOTEBOOKS]
+    cells = [cell for book in books for cell in book.cells if cell.cell_type == "code"]
+    return {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells}
+
+
+@pytest.mark.parametrize("number", FIRST_HINT)
+def test_an_unsolved_exercise_fails_its_check_with_its_hint_and_the_notebook_goes_on(number, printed):
+    said = printed[f"solution-{number.replace('.', '-')}"]
+    assert said.startswith(f"✗ Exercise {number}, not yet: ")
+    wrong, hint = said.strip().split("\n  Hint: ")
+    assert wrong.endswith(("is still empty.", "returned nothing."))
+    assert FIRST_HINT[number] in hint
+
+
+@pytest.mark.parametrize("number", FIRST_HINT)
+def test_with_the_solution_put_back_the_check_passes_with_one_line(number, printed):
+    said = printed[f"solved-solution-{number.replace('.', '-')}"]
+    assert said.startswith(f"✓ Exercise {number} is solved: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", range(len(ATTEMPTS)), ids=[f"{a[0]}: {a[2]}" for a in ATTEMPTS])
+def test_a_wrong_result_is_told_what_is_wrong_and_gets_its_hint(place, printed):
+    number, _, wrong, hint = ATTEMPTS[place]
+    said = printed[f"attempt-{place}"]
+    assert said.startswith(f"✗ Exercise {number}, not yet: ")
+    assert wrong in said.partition("\n  Hint: ")[0]
+    assert hint in said.partition("\n  Hint: ")[2]
+
+
+CHECKS = [value for name, value in vars(exercises).items() if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_check_without_the_cells_above_says_so_instead_of_raising(check, capsys):
+    check({})
+    assert "Hint: " in capsys.readouterr().out
+
+
+def test_a_check_that_cannot_go_on_is_a_verdict_as_well(capsys):
+    @checking.exercise("9.9", "Look again.")
+    def check(answer):
+        """Any."""
+        raise OSError("the store\nis gone")
+
+    check({"answer": 1})
+    assert capsys.readouterr().out == (
+        "✗ Exercise 9.9, not yet: the check stopped with OSError: the store is gone\n  Hint: Look again.\n"
+    )
+
+
+def test_what_cannot_be_judged_here_is_neither_right_nor_wrong(capsys):
+    @checking.exercise("9.9", "Look again.")
+    def check(answer):
+        """Any."""
+        raise checking.NotChecked("it needs a server.")
+
+    check({"answer": 1})
+    assert capsys.readouterr().out == "– Exercise 9.9 was not checked: it needs a server.\n"

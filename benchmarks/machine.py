@@ -31,9 +31,9 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def write(name: str, result: dict, *packages: str) -> Path:
-    """Write a result with the machine's facts to benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, result: dict, *packages: str, folder: Path = RESULTS) -> Path:
+    """Write a result with the machine's facts to benchmarks/results/NAME.json, or into another folder."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": facts(*packages), **result}, indent=2) + "\n")
     return path

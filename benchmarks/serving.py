@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import random
 import shutil
 import signal
@@ -24,35 +21,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import machine
 import mlflow
 import openai
 import psutil
+import traffic
 
 from helpers import tracking
 from helpers.models import catalog, export, onnx_chat_model
 from helpers.serving import background, mlflow_server
 
-RESULTS = Path(__file__).parent / "results" / "serving.json"
+PACKAGES = ("fastapi", "uvicorn", "openai", "litserve")
 TOKENS = 64
-TOPICS = (
-    "the sea",
-    "bread",
-    "a long road",
-    "snow",
-    "music",
-    "an old house",
-    "the night sky",
-    "a red bicycle",
-)
-PROMPTS = [f"Write a long story about {topic}." for topic in TOPICS]
+PROMPTS = [f"Write a long story about {topic}." for topic in traffic.TOPICS]
 LONG_PROMPT = (
     "Summarise this: " + "The quick brown fox jumps over the lazy dog again and then rests. " * 231
 )  # 3,005 words
-LEAKS = ("Traceback", 'File "', "site-packages")
 
 
 def main() -> None:
@@ -70,9 +57,7 @@ def main() -> None:
         uri = register("slm-onnx", export.onnx_folder(model, options.precision), model.system_message)
         tiny = register("tiny", export.onnx_folder(catalog.find("tiny-phi3"), "fp32"), None)
         figures = throughput(uri, options.repeats) | health(uri) | mixed(tiny, options.requests)
-    results = {"figures": figures, "options": vars(options), "machine": machine()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    machine.write("serving", {"settings": vars(options), "figures": figures}, *PACKAGES)
     for name, value in figures.items():
         print(f"{name:<72}{value:>12}")
 
@@ -284,79 +269,29 @@ def probe(name: str, url: str, read: Callable[[], object]) -> dict:
 # ---- good and bad requests ----
 
 
-def bad_requests(good: dict) -> list[bytes]:
-    """Bodies that deserve a 4xx: broken ones, and a good one changed in one place."""
-    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 1}}}
-    changes = [
-        {"temperature": 9},
-        {"temperature": "1"},
-        {"max_tokens": -1},
-        {"max_tokens": 10**7},
-        {"n": 3},
-        {"tools": [{"type": "function"}]},
-        {"model": "another"},
-        {"messages": []},
-        {"messages": [{"role": "user", "content": image}]},
-        {"messages": [{"role": "user", "content": "why " * 20_000}]},
-        {"response_format": schema},
-    ]
-    broken = [b"", b"{", b"\xff\xfe", b"[]", b"[" * 5000, b'{"model": "\\ud800"}', b" " * 1_100_000]
-    return broken + [json.dumps(good | change).encode() for change in changes]
-
-
 def mixed(uri: str, count: int) -> dict:
     """Requests of all kinds from 16 callers at once; what is wrong, what leaks, what is left."""
     wrapper = mlflow.pyfunc.load_model(uri).unwrap_python_model()
-    contents = [f"Question {n}: why?" for n in range(20)]
-    chats = [[{"role": "user", "content": content}] for content in contents]
-    prompts = [wrapper.encode_messages(messages) for messages in chats]
-    expected = [wrapper.generate([ids], {"max_new_tokens": 32})[0].result().text for ids in prompts]
-
-    def good(n: int, **options) -> dict:
-        return {"model": "tiny", "messages": chats[n], "max_tokens": 32} | options
-
-    bad = bad_requests(good(0))
-    wrong, leaks, statuses = [], [], []
-
-    def send(url: str, kind: str, n: int) -> None:
-        path = f"{url}/v1/chat/completions"
-        if kind == "gone":  # a client that leaves in the middle of its answer
-            with httpx.stream("POST", path, json=good(n, stream=True, max_tokens=2000), timeout=60) as reply:
-                next(reply.iter_lines())
-            return
-        if kind == "bad":
-            reply = httpx.post(path, content=generator.choice(bad), timeout=60)
-            right = 400 <= reply.status_code < 500 and "message" in reply.json()["error"]
-        elif kind == "whole":
-            reply = httpx.post(path, json=good(n), timeout=60)
-            right = reply.is_success and reply.json()["choices"][0]["message"]["content"] == expected[n]
-        else:
-            reply = httpx.post(path, json=good(n, stream=True), timeout=60)
-            lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
-            deltas = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
-            right = lines[-1] == "[DONE]" and "".join(d.get("content", "") for d in deltas) == expected[n]
-        statuses.append(reply.status_code)
-        wrong.extend([] if right else [(kind, n, reply.text[:200])])
-        leaks.extend(leak for leak in LEAKS if leak in reply.text)
-
-    generator = random.Random(0)
-    kinds = ("bad", "bad", "whole", "whole", "stream", "gone")
-    plan = [(generator.choice(kinds), generator.randrange(len(chats))) for _ in range(count)]
+    chats = [[{"role": "user", "content": f"Question {n}: why?"}] for n in range(20)]
+    requests = traffic.Traffic(wrapper, "tiny", chats, [32] * len(chats))
+    chance = random.Random(0)
+    plan = [(chance.choice(traffic.KINDS), chance.randrange(len(chats))) for _ in range(count)]
     with front(uri) as (url, process):
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda item: send(url, *item), plan))
+        with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
+            replies = list(pool.map(lambda item: requests.send(client, *item, chance), plan))
         alive = healthy(url)
         left = left_after_sigterm(process)
-    for case in wrong[:5]:
-        print("wrong:", *case, file=sys.stderr)
+    wrong = [reply for reply in replies if not reply.right]
+    for reply in wrong[:5]:
+        print("wrong:", reply.kind, reply.chat, reply.status, reply.text[:200], file=sys.stderr)
+    statuses = [reply.status for reply in replies]
     return {
         "mixed requests sent": count,
         "mixed requests: answered 200": statuses.count(200),
         "mixed requests: refused 4xx": sum(400 <= status < 500 for status in statuses),
         "mixed requests: answered 5xx": sum(status >= 500 for status in statuses),
         "mixed requests: wrong answers": len(wrong),
-        "mixed requests: stack traces leaked": len(leaks),
+        "mixed requests: stack traces leaked": sum(reply.leaks for reply in replies),
         "mixed requests: healthy afterwards": "yes" if alive else "no",
         "mixed requests: processes left after SIGTERM": left,
     }
@@ -395,18 +330,6 @@ if __name__ == "__main__":
 def litserve(uri: str) -> contextlib.AbstractContextManager:
     """The same model behind LitServe's OpenAISpec, as its documentation shows it."""
     return server(f"STORE, MODEL = {mlflow.get_tracking_uri()!r}, {uri!r}\n{LITSERVE}")
-
-
-def machine() -> dict:
-    names = ("mlflow", "onnxruntime-genai", "fastapi", "uvicorn", "openai", "litserve")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in names},
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load at the end": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":

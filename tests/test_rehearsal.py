@@ -1,0 +1,87 @@
+"""The rehearsal at Phi-3-mini's true size, tried here at toy size: the same steps, in the same processes."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from helpers.models import catalog, export, fetch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def rehearse(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, BENCHMARKS / "rehearsal.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a finished rehearsal at toy size, its files kept, and its result."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    done = rehearse("--geometry", "tiny", "--folder", folder, "--keep", "--result", folder / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_step_is_measured(place: Path):
+    steps = json.loads((place / "result.json").read_text())["steps"]
+    for name, figures in steps.items():
+        assert figures["seconds"] > 0, name
+        assert figures["memory_bytes"] > 10e6, name
+    answering = [name for name, figures in steps.items() if "tokens_per_second" in figures]
+    assert answering == ["pipeline", "transformers_answer", "onnx_answer"]
+    assert all(steps[name]["bytes_per_token"] < 2e6 for name in answering)
+
+
+def test_logging_in_place_adds_the_model_once(place: Path):
+    steps = json.loads((place / "result.json").read_text())["steps"]
+    for flow in ("transformers", "onnx"):
+        logged = steps[f"{flow}_log_in_place"]
+        assert logged["logged_bytes"] == pytest.approx(logged["model_bytes"] + 20_000, abs=20_000)
+        assert logged["most_disk_bytes"] < 1.05 * logged["logged_bytes"]
+
+
+def test_what_is_done_is_not_done_again_and_what_was_interrupted_is(place: Path):
+    (place / "tiny" / "results" / "onnx_answer.json").unlink()
+    written = (place / "tiny" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    again = rehearse("--geometry", "tiny", "--folder", place, "--keep", "--result", place / "again.json")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done before") == 10
+    assert (place / "tiny" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_without_room_it_says_what_it_needs_and_leaves_nothing(tmp_path: Path):
+    refused = rehearse("--layers", 10**9, "--folder", tmp_path / "place", "--result", tmp_path / "no.json")
+    assert refused.returncode == 1
+    assert "phi-3-mini, 1000000000 of 32 layers needs" in refused.stderr
+    assert "GB of disk and" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])  # made by different quantisers
+def test_the_lean_builder_writes_what_the_builder_writes(precision: str, tmp_path: Path):
+    model = catalog.find("tiny-phi3")
+    options = export.OPTIONS[precision]
+    command = [sys.executable, BENCHMARKS / "lean_builder.py", "-m", "none", "-i", fetch.checkpoint(model)]
+    command += ["-o", tmp_path, "-p", precision, "-e", "cpu", "-c", tmp_path / "cache"]
+    command += ["--extra_options", *options] if options else []
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    plain = export.onnx_folder(model, precision)
+    # The builder stamps the file around the graph with the commit of whatever repository it lies in.
+    graphs = [onnx.load(place / "model.onnx", load_external_data=False).graph for place in (tmp_path, plain)]
+    assert graphs[0] == graphs[1]
+    assert (tmp_path / "model.onnx.data").read_bytes() == (plain / "model.onnx.data").read_bytes()
+
+
+def test_the_readme_s_table_is_the_one_that_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measured = json.loads((BENCHMARKS / "results" / "rehearsal.json").read_text())
+    assert measured["geometry"]["parameters"] == 3_821_079_552
+    table = importlib.import_module("rehearsal").table(measured["steps"])
+    assert table in (BENCHMARKS.parent / "README.md").read_text("utf-8")

@@ -1,16 +1,30 @@
 """Both notebooks run headless with other parameters, from any folder, and say clearly what is wrong."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import nbformat
 import papermill
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from IPython.core.inputtransformer2 import TransformerManager
+from papermill.translators import PythonTranslator
 
 from helpers import tracking
 from helpers.workshop import notebooks
 
+NAMES = (
+    "HF_TOKEN",
+    "OPENAI_API_KEY",
+    "OPENAI_SERVER_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+SECRETS = {name: f"a-secret-{number}-of-the-tests" for number, name in enumerate(NAMES)}
 TINY = {"model": "tiny-phi3", "max_new_tokens": 9, "experiment": "a headless run"}
 
 
@@ -41,14 +55,42 @@ def test_papermill_runs_it_from_another_folder_with_other_parameters(name, tmp_p
     tracking.connect(store, TINY["experiment"])
     runs = mlflow.search_runs(experiment_names=[TINY["experiment"]])
     assert set(runs.status) == {"FINISHED"}
+    assert printed(executed).count("✓ Exercise") >= 4
+    assert "✗" not in printed(executed)
 
 
-def test_the_command_line_runs_both_and_leaves_notebooks_pages_and_candidates(tmp_path):
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run of both notebooks, with secrets in the environment, and all that it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    store = f"sqlite:///{folder}/mlflow.db"
     given = [part for name, value in TINY.items() for part in ("-p", name, value)]
-    result = helpers("run", *given, "-p", "tracking_uri", store, "--output", tmp_path / "out", cwd=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        result = helpers("run", *given, "-p", "tracking_uri", store, "--output", folder / "out", cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    return folder, result.stdout + result.stderr
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves(finished):
+    folder, printed = finished
+    texts = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"mlflow.db", "01_TransformerPipeline.html", "MLmodel"} <= {path.name for path in texts}
+    texts[Path("what was printed")] = printed.encode()
+    found = [
+        (str(path), name)
+        for path, text in texts.items()
+        for name in SECRETS
+        if SECRETS[name].encode() in text
+    ]
+    assert found == []
+
+
+def test_the_command_line_runs_both_and_leaves_notebooks_pages_and_candidates(finished):
+    folder, _ = finished
+    store = f"sqlite:///{folder}/mlflow.db"
+    assert sorted(path.name for path in (folder / "out").glob("[!.]*")) == [
         "01_TransformerPipeline.html",
         "01_TransformerPipeline.ipynb",
         "02_CustomPythonWrapper.html",
@@ -72,6 +114,7 @@ def test_the_command_line_runs_both_and_leaves_notebooks_pages_and_candidates(tm
         (["-p", "model", "phi-33"], "phi-33"),
         (["01", "-p", "precision", "int4"], "'precision' is not a parameter of 01_TransformerPipeline.ipynb"),
         (["-p", "tracking_uri", "http://127.0.0.1:9"], "does not answer"),
+        (["-p", "tracking_uri", "postgresql://me:hunter2@db/mlflow"], "Set the environment variable"),
     ],
 )
 def test_a_bad_parameter_ends_before_any_work_with_exit_code_2(given, sentence, tmp_path):
@@ -79,6 +122,7 @@ def test_a_bad_parameter_ends_before_any_work_with_exit_code_2(given, sentence, 
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
+    assert "hunter2" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -101,12 +145,26 @@ def test_every_parameter_has_a_type_and_a_comment(name):
     assert shared | own <= set(declared)
 
 
-def test_quotes_newlines_and_braces_in_a_parameter_stay_text(tmp_path):
-    question = "Say 'a' \"b\"\n{x}\\ __import__('os').abort()"
+def test_code_in_a_parameter_stays_text_in_the_notebook_and_on_its_page(tmp_path):
+    shell = f"$(touch {tmp_path}/pwned) `touch {tmp_path}/pwned` !touch {tmp_path}/pwned"
+    question = f"Say 'a' \"b\"\n{{x}}\\ __import__('os').abort() {shell}\n<img src=x onerror=alert(1)>"
     result = helpers(
         *("run", "01", "-p", "model", "tiny-phi3", "-p", "max_new_tokens", "4", "-p", "question", question),
         *("-p", "tracking_uri", f"sqlite:///{tmp_path}/mlflow.db", "--output", tmp_path / "out"),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert f"Question: {question}" in printed(tmp_path / "out" / "01_TransformerPipeline.ipynb")
+    executed = tmp_path / "out" / "01_TransformerPipeline.ipynb"
+    assert f"Question: {question}" in printed(executed)
+    assert not (tmp_path / "pwned").exists()
+    assert "<img src=x" not in executed.with_suffix(".html").read_text()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_no_text_at_all_can_become_code_in_a_notebook(text):
+    """The cell that papermill writes, as IPython reads it, is one assignment of just this text."""
+    cell = PythonTranslator.codify({"question": text})
+    (statement,) = ast.parse(TransformerManager().transform_cell(cell)).body
+    assert statement.targets[0].id == "question"
+    assert ast.literal_eval(statement.value) == text

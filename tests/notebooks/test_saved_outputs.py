@@ -71,6 +71,14 @@ def test_the_story_stays_short_enough_for_one_reading(book):
     assert len(code_cells(book)) <= 40
 
 
+@every_notebook
+def test_every_saved_solution_passed_its_check(book):
+    solutions = [cell for cell in code_cells(book) if "solution" in cell.metadata.get("tags", ())]
+    assert len(solutions) >= 4
+    for cell in solutions:
+        assert [text_of(output)[:10] for output in cell.outputs] == ["✓ Exercise"], cell.source
+
+
 def test_the_saved_answer_names_madrid():
     for book in BOOKS.values():
         assert any("Madrid" in text_of(output) for output in outputs(book))

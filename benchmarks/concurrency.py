@@ -5,7 +5,8 @@
 Every caller is a thread that sends its next request when it has the answer to the last. The contenders run in
 turns, in random order, `--repeats` times after a first turn that warms up. The table shows medians over the
 turns: tokens per second of all callers together, milliseconds to the first token of a request, and the same
-for one that comes while a long answer is made. results/concurrency.json holds it too, with machine facts.
+for one that comes while one or two long answers are made. results/concurrency.json holds it too, with every
+turn's rate and the machine's facts.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import onnxruntime_genai as og
 from helpers.models import catalog, export
 from helpers.models import onnx_chat_model as chat
 
-ACTIVE, CALLERS = (1, 2, 3), (1, 4, 8)
+ACTIVE, CALLERS, AHEAD = (1, 2, 3), (1, 4, 8), (1, 2)
 THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "the king", "snow", "a garden")
 
 
@@ -106,13 +107,15 @@ def load(contender, prompts: list[str], callers: int, requests: int, tokens: int
     return sum(count for count, _ in answers) / seconds, statistics.median(first for _, first in answers)
 
 
-def late(contender, prompts: list[str]) -> float:
-    """Seconds to the first token of a request that comes half a second after a long one."""
-    long = threading.Thread(target=contender.ask, args=(prompts[0], 256))
-    long.start()
-    time.sleep(0.5)
-    first = contender.ask(prompts[1], 8)[1]
-    long.join()
+def late(contender, prompts: list[str], ahead: int) -> float:
+    """Seconds to the first token of a request behind `ahead` long ones, which came half a second apart."""
+    long = [threading.Thread(target=contender.ask, args=(prompt, 256)) for prompt in prompts[:ahead]]
+    for thread in long:
+        thread.start()
+        time.sleep(0.5)
+    first = contender.ask(prompts[-1], 8)[1]
+    for thread in long:
+        thread.join()
     return first
 
 
@@ -135,24 +138,28 @@ def main() -> None:
         for thing in THINGS
     ]
     rows = {(name, callers): [] for name in contenders for callers in CALLERS}
-    lates = {name: [] for name in contenders}
+    lates = {(name, ahead): [] for name in contenders for ahead in AHEAD}
     for turn in range(given.repeats + 1):
         for callers in CALLERS:
             for name in random.sample(list(contenders), len(contenders)):
                 measured = load(contenders[name], prompts, callers, given.requests, given.tokens)
                 rows[name, callers] += [measured] if turn else []  # the first turn warms up
-        for name, runs in lates.items():
-            measured = late(contenders[name], prompts)
-            runs += [measured] if turn else []
-    print(f"{'contender':<18}{'callers':>8}{'tok/s':>8}{'first token, ms':>17}{'late caller, ms':>17}")
+        for name, ahead in random.sample(list(lates), len(lates)):
+            measured = late(contenders[name], prompts, ahead)
+            lates[name, ahead] += [measured] if turn else []
+    print(f"{'':<18}{'':>8}{'':>8}{'first':>10}{'behind one':>14}{'behind two':>14}")
+    print(f"{'contender':<18}{'callers':>8}{'tok/s':>8}{'token, ms':>10}{'long, ms':>14}{'long, ms':>14}")
     results = []
     for (name, callers), runs in rows.items():
         rate, first = (statistics.median(column) for column in zip(*runs, strict=True))
-        waited = statistics.median(lates[name])
-        print(f"{name:<18}{callers:>8}{rate:>8.0f}{1000 * first:>17.0f}{1000 * waited:>17.0f}")
-        figures = {"tokens_per_second": rate, "first_token_s": first, "late_first_token_s": waited}
+        one, two = (statistics.median(lates[name, ahead]) for ahead in AHEAD)
+        times = "".join(f"{1000 * waited:>14.0f}" for waited in (one, two))
+        print(f"{name:<18}{callers:>8}{rate:>8.0f}{1000 * first:>10.0f}{times}")
+        figures = {"tokens_per_second": rate, "first_token_s": first}
+        figures |= {"late_first_token_s": one, "late_behind_two_s": two}
         rounded = {key: round(value, 3) for key, value in figures.items()}
-        results.append({"contender": name, "callers": callers, **rounded})
+        turns = [round(rate, 3) for rate, _ in runs]
+        results.append({"contender": name, "callers": callers, **rounded, "turns": turns})
     machine.write("concurrency", {"settings": vars(given), "rows": results})
 
 

@@ -2,19 +2,23 @@
 
     make bench        # or: python benchmarks/wrapper.py [--rounds 5] [--tokens 128]
 
-Every round asks every peer once, so that a busy moment of the machine hits all of them; the first round warms
-up and is dropped. Figures are medians over the rounds, ratios are medians of the rounds' ratios, printed
-and written to benchmarks/results/wrapper.json; benchmarks/README.md says how to read them.
+Every round asks every peer once, in random order, so that a busy moment of the machine hits all of them; the
+first round warms up and is dropped. Figures are medians over the rounds, ratios are medians of the rounds'
+ratios; memory is that of a process with the wrapper alone. They are printed and written to
+benchmarks/results/wrapper.json; benchmarks/README.md says how to read them.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import machine
@@ -31,10 +35,10 @@ AIMS = {  # ratio: (aim, whether more is better)
     "pyfunc wrapper ÷ bare genai loop, tok/s": (0.97, True),
     "pyfunc wrapper ÷ llama.cpp, tok/s": (1.3, True),
     "pyfunc wrapper ÷ Transformers pipeline, tok/s": (6, True),
-    "16 rows in one call ÷ 16 calls, tok/s": (3, True),
-    "8 threads ÷ 1, tok/s": (2, True),
+    "16 rows in one call ÷ 16 single calls, total tok/s": (3, True),
+    "8 threads ÷ 1, total tok/s": (2, True),
     "pyfunc stream ÷ bare genai loop, time to first token": (1.1, False),
-    "memory after 1,000 requests ÷ after 10": (1.05, False),
+    "memory after 1,000 mixed requests ÷ after 10": (1.05, False),
 }
 STORY = "Write a long story about {}."
 THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "a king", "snow", "a garden")
@@ -50,7 +54,8 @@ class Peers:
         folder, checkpoint = export.onnx_folder(model, "int4"), fetch.checkpoint(model)
         self.chat = model.messages(STORY.format("the sea"))
         tracking.connect(f"sqlite:///{store}/mlflow.db", "bench")
-        self.loaded = self._log_wrapper(folder)
+        self.folder = self._log_wrapper(folder)
+        self.loaded = mlflow.pyfunc.load_model(self.folder)
         self.wrapper = self.loaded.unwrap_python_model()
         self.prompt = self.wrapper.apply_chat_template(self.chat)
         self.count = self._count(self.prompt)
@@ -58,7 +63,8 @@ class Peers:
         self._load_transformers(checkpoint)
         self._load_llama(model)
 
-    def _log_wrapper(self, folder: Path):
+    def _log_wrapper(self, folder: Path) -> str:
+        """The folder in which MLflow keeps the wrapper."""
         example, params = {"prompt": "Hi"}, onnx_chat_model.DEFAULT_PARAMS
         with mlflow.start_run():
             info = mlflow.pyfunc.log_model(
@@ -70,7 +76,7 @@ class Peers:
                 model_config={"threads": self.threads},
                 pip_requirements=tracking.requirements("mlflow", "onnxruntime-genai"),
             )
-        return mlflow.pyfunc.load_model(info.model_uri)
+        return mlflow.artifacts.download_artifacts(info.model_uri)
 
     def _load_genai(self, folder: Path) -> None:
         config = og.Config(str(folder))
@@ -194,31 +200,30 @@ def eight_threads_and_one(peers: Peers, requests: int = 2) -> float:
     return alone / (time.perf_counter() - started)
 
 
-def memory_growth(peers: Peers, requests: int = 1000) -> float:
-    """Resident memory after 1,000 mixed requests as a ratio to that after 10."""
-    process, after = psutil.Process(), {}
+def memory_growth(folder: str, requests: int = 1000) -> float:
+    """Memory of this process after 1,000 mixed requests to the model in a folder, ÷ that after 10."""
+    loaded, process, after = mlflow.pyfunc.load_model(folder), psutil.Process(), {}
     for number in trange(1, requests + 1, desc="mixed requests"):
-        _mixed_request(peers, number)
+        _mixed_request(loaded, number)
         if number in (10, requests):
             gc.collect()
             after[number] = process.memory_info().rss
     return after[requests] / after[10]
 
 
-def _mixed_request(peers: Peers, number: int) -> None:
+def _mixed_request(loaded: mlflow.pyfunc.PyFuncModel, number: int) -> None:
     """Whole answers, batches, samples, schemas, stop texts, streams to the end and streams left early."""
-    prompt = peers.wrapper.apply_chat_template(
-        [{"role": "user", "content": f"{number} " * (1 + number % 40)}]
-    )
+    chat = [{"role": "user", "content": f"{number} " * (1 + number % 40)}]
+    prompt = loaded.unwrap_python_model().apply_chat_template(chat)
     kinds = [{}, {"temperature": 0.8, "seed": number}, {"json_schema": SCHEMA}, {"stop": ["e"]}]
     params = {"max_new_tokens": 8} | kinds[number % len(kinds)]
     if number % 5 == 0:
-        stream = peers.loaded.predict_stream({"prompt": prompt}, params=params)
+        stream = loaded.predict_stream({"prompt": prompt}, params=params)
         next(stream, None)
         if number % 2:
             stream.close()
     else:
-        peers.loaded.predict({"prompt": [prompt] * (1 + number % 3)}, params=params)
+        loaded.predict({"prompt": [prompt] * (1 + number % 3)}, params=params)
 
 
 def _milliseconds(seconds: list[float | None]) -> float | None:
@@ -244,14 +249,16 @@ def main() -> None:
         samples = {name: [] for name in names}
         batch, threads = [], []
         for turn in trange(given.rounds + 1, desc="rounds"):
-            measured = {name: getattr(peers, name)() for name in names}
+            measured = {name: getattr(peers, name)() for name in random.sample(names, len(names))}
             pair = one_call_and_sixteen(peers), eight_threads_and_one(peers)
             if turn:
                 for name in names:
                     samples[name].append(measured[name])
                 batch.append(pair[0])
                 threads.append(pair[1])
-        growth = memory_growth(peers)
+        fresh = multiprocessing.get_context("spawn")  # this process holds every peer's memory
+        with ProcessPoolExecutor(1, mp_context=fresh) as alone:
+            growth = alone.submit(memory_growth, peers.folder).result()
     report(samples, batch, threads, growth, vars(given))
 
 

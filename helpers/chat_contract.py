@@ -31,6 +31,7 @@ _TOOL = {
     },
 }
 _LOG_SAMPLING = "log or load the model with model_config={'do_sample': True}"
+_LOG_PENALTY = "leave it out; log or load the model with model_config={'repetition_penalty': 1.2}"
 _WRAPPER = "leave it out; a custom model (notebook 02) can have it"
 
 
@@ -82,10 +83,11 @@ def _run(case: _Case, model: PyFuncModel) -> dict[str, str]:
         torch.manual_seed(7)
         try:
             reply = model.predict(case.request)
-            outcome = HONOURED if case.works(reply) else IGNORED
-            observed = case.note(reply)
         except Exception as error:
             outcome, observed = FAILS, _reason(error)
+        else:
+            outcome = HONOURED if case.works(reply) else IGNORED
+            observed = case.note(reply)
     instead = "" if outcome == HONOURED else case.instead
     return {
         "field": case.field,
@@ -171,7 +173,7 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
             tokens(1, limit + 1),
             "one request per row: the first row's fields rule all",
         ),
-        _Case("stop", f"[{stop!r}]: answer ends there", ask(stop=[stop]), _ends_before(answer)),
+        _Case("stop", f"[{stop!r}]: answer ends there", ask(stop=[stop]), _ends_at(stop, answer)),
         _Case(
             "stop",
             f"[{stop!r}]: stop text left out",
@@ -183,14 +185,14 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
             "stop",
             f"[{inside!r}]: inside a token",
             ask(stop=[inside]),
-            _ends_before(answer),
+            _ends_at(inside, answer),
             "cut the answer at the stop text; tokens are compared, not text",
         ),
         _Case(
             "stop",
             f"[{stop!r}]: model moved",
             ask(stop=[stop]),
-            _ends_before(answer),
+            _ends_at(stop, answer),
             "leave it out where the folder the model was logged from is gone",
             "moved",
         ),
@@ -209,9 +211,9 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
         _Case("top_k", "50", ask(top_k=50, temperature=_HOT), differs, _LOG_SAMPLING),
         _Case("top_k", "1, sampling on", sampled(top_k=1, temperature=_HOT), greedy_start, model="sampling"),
         _Case("frequency_penalty", "0.0", ask(frequency_penalty=0.0), same, "leave it out"),
-        _Case("frequency_penalty", "2.0", ask(frequency_penalty=2.0), differs, _WRAPPER),
+        _Case("frequency_penalty", "2.0", ask(frequency_penalty=2.0), differs, _LOG_PENALTY),
         _Case("presence_penalty", "0.0", ask(presence_penalty=0.0), same, "leave it out"),
-        _Case("presence_penalty", "2.0", ask(presence_penalty=2.0), differs, _WRAPPER),
+        _Case("presence_penalty", "2.0", ask(presence_penalty=2.0), differs, _LOG_PENALTY),
         _Case(
             "tools",
             "one function",
@@ -253,8 +255,10 @@ def _stop_texts(answer: str) -> tuple[str, str]:
     return word, word[1:-1] or word
 
 
-def _ends_before(answer: str) -> Callable[[list[dict]], bool]:
-    return lambda reply: len(_text(reply)) < len(answer)
+def _ends_at(stop: str, answer: str) -> Callable[[list[dict]], bool]:
+    """Whether a reply is the answer up to the stop text, with or without it."""
+    before = answer.partition(stop)[0]
+    return lambda reply: _text(reply).strip() in (before.strip(), (before + stop).strip())
 
 
 def _text(reply: list[dict]) -> str:

@@ -73,6 +73,12 @@ def runs_plot(
     return _described(figure, f"A point for each run against {parameter}. Medians of {'; '.join(told)}.")
 
 
+def _fate(row: pd.Series) -> str:
+    if row.name == evaluation.BASELINE:
+        return "baseline"
+    return "winner" if row["winner"] else "passes" if row["passes"] else "fails the gate"
+
+
 def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -> Figure:
     """Quality against speed, size on disk as area, with the gate's line.
 
@@ -88,7 +94,7 @@ def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -
     speed, accuracy = gated["tokens_per_second"], gated["accuracy"] * 100
     reference = evaluation.reference_among(gated.index)
     line = (gated.loc[reference, "accuracy"] - max_drop) * 100
-    axes.axhline(line, color="black", linewidth=1, linestyle="--", zorder=0)
+    axes.axhline(line, color="black", linewidth=1, linestyle="--", zorder=0.9)  # above the grid
     areas = _areas(gated["size_mb"])
     axes.scatter(
         speed,
@@ -100,15 +106,15 @@ def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -
     )
     for place, name in enumerate(speed.sort_values().index):
         row, side = gated.loc[name], -1 if place % 2 else 1  # neighbours' labels on different sides
-        fate = "winner" if row["winner"] else "passes" if row["passes"] else "fails the gate"
         axes.annotate(
-            f"{name}\n{row['size_mb']:.0f} MB, {fate}",
+            f"{name}\n{row['size_mb']:.0f} MB, {_fate(row)}",
             (speed[name], accuracy[name]),
             xytext=(0, side * (areas[name] ** 0.5 / 2 + 5)),
             textcoords="offset points",
             ha="center",
             va="bottom" if side > 0 else "top",
             fontweight="bold" if row["winner"] else "normal",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # no line runs through a label
         )
     low, high = min(accuracy.min(), line), max(accuracy.max(), line)
     room = 0.5 * max(high - low, 5)
@@ -130,8 +136,7 @@ def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -
     _tidy(axes)
     told = [
         f"{name}: {row['accuracy']:.0%} right, {row['tokens_per_second']:.0f} tokens/s, "
-        f"{row['size_mb']:.0f} MB, "
-        + ("winner" if row["winner"] else "passes" if row["passes"] else "fails the gate")
+        f"{row['size_mb']:.0f} MB, {_fate(row)}"
         for name, row in gated.iterrows()
     ]
     return _described(figure, f"Accuracy against speed, with a gate at {line:.0f}%. {'; '.join(told)}.")

@@ -1,10 +1,12 @@
 import json
+import math
 
 import mlflow
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.genai import datasets
 
 from helpers import evaluation, tracking
 from helpers.models import catalog, onnx_chat_model
@@ -114,6 +116,32 @@ def test_every_row_says_why():
     }
 
 
+def test_the_baseline_has_its_row_and_never_wins():
+    table = _table(transformers=0.7, int4=0.68).rename({"transformers": evaluation.BASELINE})
+    table.loc[evaluation.BASELINE, "tokens_per_second"] = 500
+    gated = evaluation.gate(table)
+    assert gated["reason"].to_dict() == {
+        evaluation.BASELINE: "accuracy 70.0%, the reference; the baseline, not for shipping",
+        "int4": f"accuracy 68.0%, 2.0 points below {evaluation.BASELINE}; the fastest of those that pass",
+    }
+    assert gated.index[gated["winner"]].tolist() == ["int4"]
+    with pytest.raises(evaluation.GateError, match=r"not promoted to @champion: .* not for shipping"):
+        evaluation.promote(table, evaluation.BASELINE, version=None)
+
+
+def test_a_study_in_which_only_the_baseline_passes_ships_nothing():
+    table = _table(transformers=0.7, int4=0.6).rename({"transformers": evaluation.BASELINE})
+    expected = "at most 5 points less accurate than slm-transformers: slm-transformers 70.0%, int4 60.0%"
+    with pytest.raises(evaluation.GateError, match=expected):
+        evaluation.gate(table)
+
+
+@pytest.mark.parametrize(("tokens", "seconds", "rate"), [(25, 2.5, 12), (1, 0.5, None), (0, 0.4, None)])
+def test_a_rate_needs_a_second_token(tokens, seconds, rate):
+    measured = evaluation.Answer("", tokens, 0.5, seconds).rate(0.5)
+    assert measured == rate or (rate is None and math.isnan(measured))
+
+
 def test_without_fp32_the_first_candidate_is_the_reference():
     gated = evaluation.gate(_table(transformers=0.7, int4=0.68))
     assert gated.loc["transformers", "reason"].startswith("accuracy 70.0%, the reference")
@@ -197,6 +225,36 @@ def test_every_question_leaves_a_trace_with_its_answer(store, right_answers):
     traces = mlflow.search_traces(run_id=run.info.run_id, return_type="list")
     told = {trace.data.spans[0].inputs["question"]: trace.data.spans[0].outputs for trace in traces}
     assert told == right_answers.to_dict()
+
+
+def test_questions_that_two_runs_made_at_once_or_one_left_half_made_stop_nobody(right_answers, tmp_path):
+    before = mlflow.get_tracking_uri()
+    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "evaluation")
+    try:
+        name = _score_and_name_the_data(right_answers)
+        datasets.delete_dataset(dataset_id=datasets.get_dataset(name=name).dataset_id)
+        datasets.create_dataset(name=name)  # its maker was killed here
+        assert _score_and_name_the_data(right_answers) == name
+        datasets.create_dataset(name=name).merge_records([{"inputs": {"question": "Which?"}}])
+        assert _score_and_name_the_data(right_answers) == name
+        digests = {
+            dataset.digest for run in mlflow.search_runs(output_format="list") for dataset in _data(run)
+        }
+        assert len(digests) == 2  # one before the first was deleted, one after
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _data(run) -> list:
+    return [given.dataset for given in run.inputs.dataset_inputs]
+
+
+def _score_and_name_the_data(answers) -> str:
+    with mlflow.start_run() as run:
+        assert evaluation.score(answers, answers) == {"accuracy": 1.0, "agreement": 1.0}
+    (dataset,) = _data(mlflow.get_run(run.info.run_id))
+    assert json.loads(dataset.profile)["num_records"] == 40
+    return dataset.name
 
 
 def test_scoring_prints_nothing(store, right_answers, capfd):

@@ -52,6 +52,14 @@ def test_every_candidate_is_named_with_its_fate(gated):
     assert "transformers\n542 MB, passes" in texts
 
 
+def test_no_line_runs_through_the_name_of_a_candidate(gated):
+    *names, _gate = plots.precision_plot(gated).axes[0].texts
+    assert len(names) == len(gated)
+    for name in names:
+        assert to_rgba(name.get_bbox_patch().get_facecolor()) == to_rgba("white")
+        assert name.get_zorder() > 2  # lines are at 2 at most
+
+
 @pytest.mark.parametrize(("max_drop", "height"), [(0.05, 62.5), (0.10, 57.5)])
 def test_the_gate_is_drawn_where_it_is(gated, max_drop, height):
     figure = plots.precision_plot(gated, max_drop)

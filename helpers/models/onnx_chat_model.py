@@ -26,8 +26,7 @@ import numpy as np
 import onnxruntime_genai as og
 import pandas as pd
 
-if hasattr(og, "disable_telemetry_events"):
-    og.disable_telemetry_events()
+og.disable_telemetry_events()
 
 LARGE = 2**31 - 1
 PARAMS = {  # what a call may ask: the default, then the lowest and the highest value of a number
@@ -47,13 +46,14 @@ CONFIG = {  # `model_config` when logging or loading, in the same way
     "max_batch_tokens": (0, 0, LARGE),  # rows x (longest prompt + longest answer); 0: what KV_BYTES hold
 }
 DEFAULT_PARAMS = {name: default for name, (default, *_) in PARAMS.items()}
-DEFAULT_CONFIG = {name: default for name, (default, *_) in CONFIG.items()}
 NOUNS = {int: "a whole number", float: "a number", str: "a string", list: "a list of strings"}
 PACKAGES = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
+SAMPLING = ("temperature", "top_p", "top_k")
 ROLES = ("system", "user", "assistant", "tool")
 KV_BYTES = 2 * 2**30  # for each active batch; a token takes 45 KiB with SmolLM2-135M, 768 KiB with Phi-3-mini
-ACTIVE_BATCHES = 2  # decoded in turn, so that a late caller need not wait for the end of a long answer
+ACTIVE_BATCHES = 2  # decoded in turn: behind one long answer nobody waits; behind two, until one of them ends
 PREFILL_TOKENS = 256  # a longer prompt is read alone and in parts: genai holds the GIL while it reads
+BATCH_PREFILL_TOKENS = 1024  # a batch must be read in one go: at most so many tokens, with their padding
 
 
 @dataclass(eq=False)
@@ -74,20 +74,15 @@ class Completion:
     seconds: float | None = None  # the same for the whole answer
 
     def __post_init__(self):
-        self.prompt_tokens, self.turn, self.started = len(self.ids), 0, time.perf_counter()
+        self.prompt_tokens, self.started = len(self.ids), time.perf_counter()
         self._stop, self._held, self._error = [text for text in self.params["stop"] if text], "", None
-        self._pieces, self._news, self._over = [], threading.Condition(), threading.Event()
+        self._pieces, self._news = [], threading.Condition()
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text from its beginning, as it is decoded, in whole characters. Leaving early closes."""
         sent = 0
         try:
-            while True:
-                with self._news:
-                    while sent == len(self._pieces) and not self.finish_reason:
-                        self._news.wait()
-                if sent == len(self._pieces):
-                    break
+            while self.wait(sent):
                 yield self._pieces[sent]
                 sent += 1
             self.result()
@@ -96,10 +91,16 @@ class Completion:
 
     def result(self) -> "Completion":
         """Wait for the end. Raises RuntimeError when decoding failed."""
-        self._over.wait()
+        self.wait()
         if self._error:
             raise RuntimeError(f"Decoding failed: {self._error}") from self._error
         return self
+
+    def wait(self, sent: int = LARGE) -> bool:
+        """Wait for a piece after `sent` of them, or for the end; whether there is such a piece."""
+        with self._news:
+            self._news.wait_for(lambda: self.finish_reason or len(self._pieces) > sent)
+        return len(self._pieces) > sent
 
     def close(self) -> None:
         """End the work, if it still goes on, and keep the text so far."""
@@ -120,12 +121,11 @@ class Completion:
         if self.completion_tokens == self.params["max_new_tokens"]:
             return self.advance(self._held, "length")
         # What may be the beginning of a stop text waits for the next token.
-        starts = (
-            size for stop in self._stop for size in range(len(stop)) if self._held.endswith(stop[:size])
-        )
-        ready = len(self._held) - max(starts, default=0)
-        piece, self._held = self._held[:ready], self._held[ready:]
-        return self.advance(piece)
+        held = self._held
+        tails = (at for at in range(len(held)) if any(stop.startswith(held[at:]) for stop in self._stop))
+        ready = next(tails, len(held))
+        self._held = held[ready:]
+        return self.advance(held[:ready])
 
     def advance(self, piece: str, reason: str | None = None, error: Exception | None = None) -> bool:
         """Add a piece of text, and end the row if there is a reason to; whether the row goes on."""
@@ -136,7 +136,6 @@ class Completion:
                 if reason:
                     self.text, self._error = "".join(self._pieces), error
                     self.seconds, self.finish_reason = time.perf_counter() - self.started, reason
-                    self._over.set()
                 self._news.notify_all()
             return self.finish_reason is None
 
@@ -151,28 +150,31 @@ class Decoder:
 
     def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):
         self.model, self.pad, self.max_rows, self.max_tokens = model, pad, max_rows, max_tokens
-        self.pending, self.batches, self.lock, self.running = [], 0, threading.Lock(), False
+        self.waiting: dict[object, list[Completion]] = {}  # the rows of each call; the first call is next
+        self.lock, self.running = threading.Lock(), False
 
     def submit(self, rows: list[Completion]) -> None:
         """Queue the rows of a call, longest prompt first, and return at once."""
         with self.lock:
-            rows = sorted(rows, key=lambda row: -row.prompt_tokens)
-            for place, row in enumerate(rows):
-                row.turn = self.batches + place // self.max_rows  # so that a big call leaves turns to others
-            self.pending = sorted([*self.pending, *rows], key=lambda row: row.turn)
+            for row in sorted(rows, key=lambda row: -row.prompt_tokens):
+                self.waiting.setdefault(row.call, []).append(row)
             if not self.running:
+                try:
+                    threading.Thread(target=self.run, name="decoder", daemon=True).start()
+                except RuntimeError:  # the system has no thread left: nobody would come for these rows
+                    self.waiting.clear()
+                    raise
                 self.running = True
-                threading.Thread(target=self.run, name="decoder", daemon=True).start()
 
     def run(self) -> None:
         """Step the active batches in turn until no row is left."""
         active = deque()
         while True:
             if len(active) < ACTIVE_BATCHES:
-                calls = {row.call for rows, _ in active for row in rows}
-                self.wait_for_company(calls)
+                busy = {row.call for rows, _ in active for row in rows if not row.finish_reason}
+                self.wait_for_company(busy)
                 with self.lock:
-                    if rows := self.gather(calls):
+                    if rows := self.gather(busy):
                         active.append((rows, self.decode(rows)))
                     elif not active:
                         self.running = False
@@ -185,33 +187,39 @@ class Decoder:
                 for row in rows:  # without its traceback, which would keep the batch's memory
                     row.advance("", "error", error.with_traceback(None))
 
-    def wait_for_company(self, calls: set) -> None:
+    def wait_for_company(self, busy: set) -> None:
         """Let callers that come together share a batch: wait 1 ms, and on while more come."""
         seen = 0
-        while (waiting := sum(row.call not in calls for row in self.pending)) > seen:
-            seen = waiting
+        while (calls := len(set(self.waiting) - busy)) > seen:
+            seen = calls
             time.sleep(0.001)
 
-    def gather(self, calls: set) -> list[Completion]:
-        """Take from the queue the row whose turn it is, and all that can share its batch.
+    def gather(self, busy: set) -> list[Completion]:
+        """Take from the queue a row of the first call and all that can share its batch; that call goes last.
 
-        The `calls` that are being decoded wait with their other rows: the next place is for others.
+        The `busy` calls, of which rows are being decoded, wait with the others: the next place is for others.
         """
-        waiting, taken = [row for row in self.pending if not row.finish_reason], []
-        for row in waiting:
-            if row.call not in calls and (not taken or self.fit([*taken, row])):
-                taken.append(row)
-        self.batches += bool(taken)
-        self.pending = [row for row in waiting if row not in taken]
+        taken = []
+        for call, rows in self.waiting.items():
+            if call not in busy:
+                self.waiting[call] = left = []
+                for row in (row for row in rows if not row.finish_reason):
+                    (taken if not taken or self.fit([*taken, row]) else left).append(row)
+        if taken:
+            self.waiting[taken[0].call] = self.waiting.pop(taken[0].call)
+        self.waiting = {call: rows for call, rows in self.waiting.items() if rows}
         return taken
 
     def fit(self, rows: list[Completion]) -> bool:
         """Whether rows can share a batch: one group, within the bounds, padding no more than half of it."""
         if len(rows) > self.max_rows or rows[-1].group != rows[0].group:
             return False
-        lengths = [row.prompt_tokens for row in rows]
-        width = max(lengths) + max(row.params["max_new_tokens"] for row in rows)
-        return len(rows) * width <= self.max_tokens and len(rows) * max(lengths) <= 2 * sum(lengths)
+        prompts = [row.prompt_tokens for row in rows]
+        limits = [row.params["max_new_tokens"] for row in rows]
+        if any(len(rows) * max(sizes) > 2 * sum(sizes) for sizes in (prompts, limits)):
+            return False
+        reserved = len(rows) * (max(prompts) + max(limits))
+        return reserved <= self.max_tokens and len(rows) * max(prompts) <= BATCH_PREFILL_TOKENS
 
     def decode(self, rows: list[Completion]) -> Iterator[None]:
         """Decode one batch: each `next` reads a part of the prompt, or makes one token for every row.
@@ -220,11 +228,9 @@ class Decoder:
         rows that have ended until the last one has.
         """
         first, longest = rows[0].params, max(row.prompt_tokens for row in rows)
-        options = {"do_sample": first["temperature"] > 0, "repetition_penalty": first["repetition_penalty"]}
-        if options["do_sample"]:
-            options |= {name: first[name] for name in ("temperature", "top_p", "top_k")}
-            options["random_seed"] = first["seed"]
         longest_answer = max(row.params["max_new_tokens"] for row in rows)
+        options = {name: first[name] for name in (*SAMPLING, "repetition_penalty")}
+        options |= {"do_sample": first["temperature"] > 0, "random_seed": first["seed"]}
         search = og.GeneratorParams(self.model)
         search.set_search_options(batch_size=len(rows), max_length=longest + longest_answer, **options)
         if first["json_schema"]:
@@ -233,18 +239,17 @@ class Decoder:
         prompts = np.full((len(rows), longest), self.pad, np.int32)
         for line, row in zip(prompts, rows, strict=True):
             line[: len(row.ids)] = row.ids
-        live, size = list(enumerate(rows)), PREFILL_TOKENS if len(rows) == 1 else longest
+        size = PREFILL_TOKENS if len(rows) == 1 else longest
         for start in range(0, longest, size):
             generator.append_tokens(prompts[:, start : start + size])
             yield
-            live = [(index, row) for index, row in live if not row.finish_reason]
-            if not live:
+            if all(row.finish_reason for row in rows):
                 return
         for step in range(longest_answer):
             generator.generate_next_token()
             tokens = generator.get_next_tokens().tolist()
-            live = [(index, row) for index, row in live if row.push(tokens[index])]
-            if not live:
+            going = [row.push(token) for row, token in zip(rows, tokens, strict=True)]
+            if not any(going):
                 return
             if step == 0:
                 time.sleep(0.001)  # genai holds the GIL while it decodes: let readers see the first piece now
@@ -276,12 +281,11 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         self.model = og.Model(settings)
         self.tokenizer = og.Tokenizer(self.model)
         facts = json.loads((folder / "genai_config.json").read_text())["model"]
-        self.context_length, self.vocabulary = facts["context_length"], facts["vocab_size"]
+        layers, self.vocabulary = facts["decoder"], facts["vocab_size"]
         self.eos = frozenset(self.tokenizer.eos_token_ids.tolist())
-        layers = facts["decoder"]
         # genai 0.18 fails past a sliding window (Phi-3-mini-4k: 2,047 tokens), so that is all that fits.
-        window = layers.get("sliding_window", {}).get("window_size", self.context_length)
-        self.context_length = min(self.context_length, window)
+        window = layers.get("sliding_window", {}).get("window_size", LARGE)
+        self.context_length = min(facts["context_length"], window)
         kv_values = 2 * layers["num_hidden_layers"] * layers["num_key_value_heads"] * layers["head_size"]
         max_tokens = config["max_batch_tokens"] or KV_BYTES // (4 * kv_values)
         self.decoder = Decoder(self.model, self.tokenizer.pad_token_id, config["max_batch_rows"], max_tokens)
@@ -291,8 +295,7 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
 
     def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[str]:
         """Answer every row's "prompt", in order."""
-        rows = self.generate(read_prompts(model_input), params)
-        with closing(rows):
+        with closing(self.generate(read_prompts(model_input), params)) as rows:
             return [row.result().text for row in rows]
 
     def predict_stream(self, context, model_input: pd.DataFrame, params: dict | None = None) -> Iterator[str]:
@@ -300,8 +303,7 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         prompts = read_prompts(model_input)
         if len(prompts) != 1:
             raise ValueError(f"predict_stream answers one row, not {len(prompts)}; predict answers several.")
-        rows = self.generate(prompts, params)
-        with closing(rows):
+        with closing(self.generate(prompts, params)) as rows:
             yield from rows[0]
 
     def generate(self, prompts: list, params: dict | None = None) -> list[Completion]:
@@ -311,13 +313,15 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         the same alone and in any batch. Special tokens in a string count as such: see `encode_messages`.
         """
         params, call, rows = self.check_params(params), object(), []
+        sampling = params["temperature"] > 0 and [params[name] for name in SAMPLING]
         for index, prompt in enumerate(prompts):
             ids = self.encode_prompt(prompt, index, params["max_new_tokens"])
             # In a batch, genai fails when a constrained row ends, and skips pad tokens that end a prompt.
             alone = params["json_schema"] or ids[-1] == self.decoder.pad or len(ids) > PREFILL_TOKENS
-            owner = object() if alone else call if params["temperature"] else None
+            # Rows of a batch draw from one stream of random numbers: a seeded call needs its own.
+            owner = object() if alone else call if sampling and params["seed"] >= 0 else None
             penalty = params["repetition_penalty"]
-            group = (owner, penalty, penalty != 1 and len(ids))  # a penalty would count the padding
+            group = (owner, sampling, penalty, penalty != 1 and len(ids))  # a penalty would count the padding
             row = params | {"seed": (params["seed"] + index) % 2**31 if params["seed"] >= 0 else -1}
             rows.append(Completion(ids, row, self.eos, self.tokenizer.create_stream(), call, group))
         self.decoder.submit(rows)
@@ -360,7 +364,11 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
     def apply_chat_template(self, messages: list[dict]) -> str:
         """The prompt for [{"role": …, "content": …}, …], by the model's own template, up to the answer."""
         messages = json.dumps(check_messages(messages))
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0].rstrip(":")
+            raise ValueError(f"The model's chat template refuses these messages: {reason}.") from None
 
     def encode_messages(self, messages: list[dict]) -> np.ndarray:
         """The same prompt as token ids, in which special tokens written inside a content stay mere text.
@@ -395,7 +403,7 @@ def check(given: dict | None, table: dict, kind: str) -> dict:
             fits = fits and all(isinstance(text, str) for text in value)
         if not fits or (limits and not limits[0] <= value <= limits[1]):
             between = " from {} to {}".format(*limits) if limits else ""
-            raise ValueError(f"{kind} {name}={value!r} is not {NOUNS[type(default)]}{between}.")
+            raise ValueError(f"{kind} {name}={value!r:.80} is not {NOUNS[type(default)]}{between}.")
     return {name: default for name, (default, *_) in table.items()} | values
 
 
@@ -411,7 +419,7 @@ def check_text(text, what: str) -> str:
 def check_messages(messages: list[dict]) -> list[dict]:
     """Roles and contents of chat messages; ValueError if one lacks them."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages={messages!r} is not a list of messages.")
+        raise ValueError(f"messages={messages!r:.80} is not a list of messages.")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"Message {number}, {message!r:.80}, has a role outside {', '.join(ROLES)}.")
@@ -428,16 +436,18 @@ def read_prompts(model_input) -> list:
         cells = model_input["prompt"] if table else [row["prompt"] for row in model_input]
     except (KeyError, TypeError):
         raise ValueError('The input has no "prompt": send {"prompt": "..."}.') from None
+    if isinstance(cells, pd.DataFrame):
+        raise ValueError(f'The input has {cells.shape[1]} columns "prompt": send one.')
     lists = (cell if isinstance(cell, list | tuple | np.ndarray) else [cell] for cell in cells)
     return [prompt for prompts in lists for prompt in prompts]
 
 
 @contextmanager
-def closing(rows: list[Completion]) -> Iterator[None]:
+def closing(rows: list[Completion]) -> Iterator[list[Completion]]:
     """Close the rows at the end, however it comes, and count their tokens in the span around it, if any."""
     span = mlflow.get_current_active_span()
     try:
-        yield
+        yield rows
     finally:
         for row in rows:
             row.close()

@@ -5,8 +5,8 @@ from importlib.metadata import version
 import mlflow
 import pytest
 
-from helpers import tracking
-from helpers.chat_contract import FAILS, HONOURED, IGNORED, chat_contract
+from helpers import chat_contract, tracking
+from helpers.chat_contract import FAILS, HONOURED, IGNORED
 
 # Field, a part of what the table says was sent, outcome; in the table's order.
 TODAY = [
@@ -70,7 +70,7 @@ def loaded(tmp_path_factory, tiny_phi3_checkpoint):
 
 @pytest.fixture(scope="module")
 def table(loaded):
-    return chat_contract(loaded)
+    return chat_contract.chat_contract(loaded)
 
 
 def test_every_field_of_the_chat_signature_does_what_it_did(table):
@@ -98,6 +98,24 @@ def test_advice_is_given_exactly_where_a_field_is_not_honoured(table):
     assert ((table["instead"] == "") == (table["outcome"] == HONOURED)).all()
 
 
+def test_the_advised_repetition_penalty_changes_the_answer(loaded):
+    question = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
+    advised = chat_contract._variant(
+        loaded, repetition_penalty=50.0
+    )  # random weights repeat themselves little
+    assert advised.predict(question)[0]["choices"] != loaded.predict(question)[0]["choices"]
+
+
+def test_an_answer_that_is_merely_shorter_does_not_count_as_stopped():
+    def reply(text: str) -> list[dict]:
+        return [{"choices": [{"message": {"content": text}}]}]
+
+    stopped = chat_contract._ends_at("capital", "The capital of Spain is Madrid.")
+    assert stopped(reply("The capital"))
+    assert stopped(reply("The "))
+    assert not any(stopped(reply(text)) for text in ("", "The cap", "The capital of", "Madrid"))
+
+
 def test_a_failing_request_names_its_field(table):
     failing = table[(table["outcome"] == FAILS) & table["field"].isin(["n", "stream", "custom_inputs"])]
     assert all(row.field in row.observed for row in failing.itertuples())
@@ -110,6 +128,6 @@ def test_trying_the_fields_leaves_the_loaded_model_as_it_was(loaded, table):
 
 
 def test_the_logged_requests_print_nothing(loaded, capfd):
-    chat_contract(loaded)
+    chat_contract.chat_contract(loaded)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

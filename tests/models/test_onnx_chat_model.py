@@ -3,10 +3,14 @@
 import ast
 import gc
 import json
+import os
+import shutil
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +24,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from helpers.models import onnx_chat_model
-from helpers.models.onnx_chat_model import DEFAULT_CONFIG, DEFAULT_PARAMS, Completion, Decoder, Phi3Model
+from helpers.models.onnx_chat_model import CONFIG, DEFAULT_PARAMS, Completion, Decoder, Phi3Model
 
 SOURCE = Path(onnx_chat_model.__file__)
+DEFAULT_CONFIG = {name: default for name, (default, *_) in CONFIG.items()}
 SHORT = {"max_new_tokens": 8}
 PROMPTS = ["a", "the model answers", "x y z", "<|user|>\nname three tests<|end|>\n<|assistant|>\n"]
 # An answer that does not end by itself.
@@ -167,7 +172,7 @@ def test_a_thousand_rows_are_answered_in_order(tiny):
 def test_an_impossible_prompt_is_named_and_nothing_starts(tiny, prompt, message):
     with pytest.raises(ValueError, match=message):
         tiny.generate(["a", prompt])
-    assert not tiny.decoder.pending
+    assert not tiny.decoder.waiting
 
 
 def test_an_over_long_prompt_says_how_many_tokens_it_has_and_how_many_fit(tiny):
@@ -192,6 +197,11 @@ def test_the_longest_prompt_that_fits_is_answered(tiny):
 def test_an_input_without_prompts_is_an_error(tiny, model_input):
     with pytest.raises(ValueError, match='no "prompt"'):
         tiny.predict(None, model_input)
+
+
+def test_a_frame_with_two_prompt_columns_is_an_error(tiny):
+    with pytest.raises(ValueError, match='has 2 columns "prompt": send one'):
+        tiny.predict(None, pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]))
 
 
 # Answers
@@ -262,6 +272,12 @@ def test_without_a_seed_sampled_answers_differ(tiny):
     assert len({ask(tiny, "a", temperature=1.0, max_new_tokens=16)[0] for _ in range(4)}) > 1
 
 
+def test_equal_prompts_sampled_in_one_batch_without_a_seed_get_different_answers(tiny):
+    with batch_sizes(tiny) as sizes:
+        assert len(set(ask(tiny, ["a"] * 8, temperature=1.0, max_new_tokens=16))) == 8
+    assert sizes == [8]
+
+
 def test_equal_prompts_of_a_seeded_call_get_different_answers_in_every_batch(tiny_phi3_onnx):
     model = load(tiny_phi3_onnx, max_batch_rows=2)
     assert len(set(ask(model, ["a"] * 8, temperature=1.0, seed=1, max_new_tokens=16))) == 8
@@ -321,6 +337,14 @@ def test_a_stop_text_held_back_at_the_end_of_the_answer_is_given(tiny):
     assert (list(row), row.text, row.finish_reason) == (["a", "b"], "ab", "length")
 
 
+def test_a_long_stop_text_does_not_hold_up_the_decoder(tiny):
+    row, started = completion(tiny, stop=["q" * 200_000]), time.perf_counter()
+    push(tiny, row, "a quick question.")
+    assert time.perf_counter() - started < 1
+    row.close()
+    assert row.text == "a quick question."
+
+
 # Parameters
 
 
@@ -353,6 +377,15 @@ def test_a_stop_text_held_back_at_the_end_of_the_answer_is_given(tiny):
 def test_an_impossible_parameter_is_a_clear_error(tiny, params, message):
     with pytest.raises(ValueError, match=message):
         tiny.predict(None, {"prompt": "a"}, params)
+
+
+@pytest.mark.parametrize(
+    "params", [{"stop": ["x"] * 100_000 + [3]}, {"json_schema": {"a": "b" * 10**6}}, {"top_k": "9" * 10**6}]
+)
+def test_an_error_shows_the_beginning_of_a_long_value(tiny, params):
+    with pytest.raises(ValueError, match="is not") as raised:
+        tiny.generate(["a"], params)
+    assert len(str(raised.value)) < 200
 
 
 def test_none_and_numpy_values_are_understood(tiny):
@@ -501,10 +534,70 @@ def test_a_late_caller_does_not_wait_for_the_end_of_a_big_call(tiny):
         row.close()
 
 
-def batches(rows: list[Completion], max_rows: int = 16, max_tokens: int = 10_000) -> list[list[int]]:
-    """The prompt lengths in each batch that a decoder makes of rows, in the order given."""
+def test_a_call_goes_on_beside_a_strangers_long_answer_that_its_first_row_shared_a_batch_with(tiny_phi3_onnx):
+    model = load(tiny_phi3_onnx)
+    model.eos, model.decoder.running = frozenset(), True  # no answer ends by itself; no thread yet
+    (long,) = model.generate(["a"], {"max_new_tokens": 800})
+    short = model.generate(["b"] * 32, {"max_new_tokens": 4})
+    model.decoder.run()
+    assert long.completion_tokens == 800
+    assert max(row.started + row.seconds for row in short) < long.started + long.seconds
+
+
+def test_callers_that_come_together_share_batches(tiny):
+    ready = threading.Barrier(8)
+
+    def call() -> None:
+        ready.wait()
+        ask(tiny, "a", max_new_tokens=20)
+
+    callers = [threading.Thread(target=call) for _ in range(8)]
+    with batch_sizes(tiny) as sizes:
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert sum(sizes) == 8
+    assert len(sizes) <= 4
+
+
+def test_a_thread_that_cannot_start_is_an_error_and_the_next_call_is_answered(tiny_phi3_onnx, monkeypatch):
+    model = load(tiny_phi3_onnx)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as system:
+        system.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            model.generate(["a", "b"])
+    assert not model.decoder.waiting
+    assert model.generate(["a"], SHORT)[0].result().completion_tokens == 8
+
+
+@contextmanager
+def batch_sizes(model: Phi3Model) -> Iterator[list[int]]:
+    """How many rows each batch has that is decoded meanwhile."""
+    sizes, decode = [], model.decoder.decode
+    model.decoder.decode = lambda rows: sizes.append(len(rows)) or decode(rows)
+    try:
+        yield sizes
+    finally:
+        del model.decoder.decode
+
+
+def queue(max_rows: int = 16, max_tokens: int = 10_000) -> Decoder:
+    """A decoder without its thread: rows wait until `gather` takes them."""
     decoder = Decoder(None, 0, max_rows, max_tokens)
-    decoder.pending = rows
+    decoder.running = True
+    return decoder
+
+
+def batches(rows: list[Completion], **bounds) -> list[list[int]]:
+    """The prompt lengths in each batch that a decoder makes of calls of one row, in the order given."""
+    decoder = queue(**bounds)
+    for row in rows:
+        decoder.submit([row])
     taken = iter(lambda: decoder.gather(set()), [])
     return [[row.prompt_tokens for row in batch] for batch in taken]
 
@@ -519,29 +612,66 @@ def test_the_bound_on_tokens_counts_what_the_batch_reserves(tiny):
     assert batches(rows, max_tokens=50) == [[10]] * 5
 
 
+def test_a_batch_reserves_memory_for_its_longest_prompt_and_answer_and_no_more(tiny, monkeypatch):
+    reserved = []
+
+    class Watched(og.GeneratorParams):
+        def set_search_options(self, **options) -> None:
+            reserved.append((options["batch_size"], options["max_length"]))
+            super().set_search_options(**options)
+
+    monkeypatch.setattr(onnx_chat_model.og, "GeneratorParams", Watched)
+    for row in tiny.generate([np.full(12, 70), np.full(9, 70)], {"max_new_tokens": 8}):
+        row.result()
+    assert reserved == [(2, 12 + 8)]
+
+
 def test_padding_is_at_most_half_of_a_batch(tiny):
     rows = [completion(tiny, tokens=size) for size in (200, 10, 10, 10)]
     assert batches(rows) == [[200, 10], [10, 10]]
 
 
+def test_short_answers_do_not_share_the_batch_of_a_very_long_one(tiny):
+    rows = [completion(tiny, tokens=size, limit=4) for size in (2, 3, 4, 5)]
+    assert batches([completion(tiny, tokens=1, limit=1900), *rows]) == [[1, 2], [3, 4, 5]]
+
+
+def test_long_prompts_are_read_in_small_batches_since_others_wait_meanwhile(tiny):
+    rows = [completion(tiny, tokens=250, limit=8) for _ in range(9)]
+    assert batches(rows) == [[250] * 4, [250] * 4, [250]]
+
+
 def test_while_a_call_is_decoded_its_other_rows_leave_the_next_place_to_others(tiny):
-    call, other = object(), completion(tiny)
-    decoder = Decoder(None, 0, 2, 10_000)
-    decoder.pending = [*(completion(tiny, call=call) for _ in range(5)), other]
+    call, other, decoder = object(), completion(tiny), queue(max_rows=2)
+    decoder.submit([completion(tiny, call=call) for _ in range(5)])
+    decoder.submit([other])
     assert {row.call for row in decoder.gather(set())} == {call}
     assert decoder.gather({call}) == [other]
     assert decoder.gather({call, other.call}) == []
-    assert len(decoder.pending) == 3
+    assert len(decoder.waiting[call]) == 3
 
 
 def test_calls_take_turns_however_many_rows_they_have(tiny):
-    decoder = Decoder(None, 0, 2, 10_000)
-    decoder.running = True  # no thread
-    call, late = object(), completion(tiny)
+    call, late, decoder = object(), completion(tiny), queue(max_rows=2)
     decoder.submit([completion(tiny, call=call) for _ in range(8)])
     decoder.gather(set())
     decoder.submit([late])
     assert [late in decoder.gather(set()) for _ in range(4)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["rows that go alone", "rows that share"])
+def test_a_late_caller_is_next_but_one_while_two_big_calls_take_turns(tiny, alone):
+    decoder, calls, late = queue(max_rows=4), [object(), object()], completion(tiny)
+    for call in calls:
+        decoder.submit([completion(tiny, call=call, group=(number * alone,)) for number in range(200)])
+    active = [decoder.gather(set())]
+    for step in range(30):  # two places, one of which becomes free in every step
+        active = [active[-1], decoder.gather({row.call for row in active[-1]})]
+        if step == 20:
+            decoder.submit([late])
+        if late in active[-1]:
+            break
+    assert 20 < step <= 23
 
 
 def test_rows_of_different_groups_do_not_share_a_batch(tiny):
@@ -549,14 +679,19 @@ def test_rows_of_different_groups_do_not_share_a_batch(tiny):
     assert batches(rows) == [[1, 3, 5], [2, 4]]
 
 
-def test_calls_share_a_batch_when_they_are_greedy_and_not_when_they_sample(tiny):
+def test_calls_share_a_batch_when_they_choose_words_alike_and_not_when_they_have_a_seed(tiny):
     def group(prompt: str = "a b", **params) -> tuple:
         row = tiny.generate([prompt], SHORT | params)[0].result()
         return row.group
 
     assert group() == group("c") == group(max_new_tokens=3, stop=["x"], seed=4, top_p=0.5)
     assert group() != group(repetition_penalty=1.2)
-    assert group(temperature=1.0) != group(temperature=1.0)
+    assert group(temperature=1.0, top_p=0.5) == group("c", temperature=1.0, top_p=0.5, stop=["x"])
+    assert group(temperature=1.0) != group()
+    for other in ({"temperature": 0.9}, {"top_p": 0.5}, {"top_k": 7}, {"repetition_penalty": 1.2}):
+        assert group(temperature=1.0) != group(**{"temperature": 1.0} | other)
+    assert group(temperature=1.0, seed=4) != group(temperature=1.0, seed=4)
+    assert group(temperature=1.0, seed=4) != group(temperature=1.0)
     assert group(json_schema="{}") != group(json_schema="{}")
     assert group("word " * 300) != group("word " * 300)
 
@@ -614,6 +749,15 @@ def test_messages_that_a_template_would_garble_are_an_error(tiny, messages, mess
     for render in (tiny.apply_chat_template, tiny.encode_messages):
         with pytest.raises(ValueError, match=message):
             render(messages)
+
+
+def test_messages_that_the_template_refuses_are_an_error_with_its_reason(tiny_phi3_onnx, tmp_path):
+    folder = shutil.copytree(tiny_phi3_onnx, tmp_path / "onnx")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    model = load(folder)
+    for render in (model.apply_chat_template, model.encode_messages):
+        with pytest.raises(ValueError, match=r"refuses these messages: System role not supported[^\n]*\.$"):
+            render(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -683,6 +827,17 @@ def test_an_impossible_configuration_is_a_clear_error(tiny_phi3_onnx, config, me
         pytest.skip("this machine has CUDA")
     with pytest.raises(ValueError, match=message):
         load(tiny_phi3_onnx, **config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads that Linux lists")
+def test_a_model_works_with_as_many_threads_as_it_is_told(tiny_phi3_onnx):
+    def added(threads: int) -> int:
+        before = len(os.listdir("/proc/self/task"))
+        loaded.append(load(tiny_phi3_onnx, threads=threads))
+        return len(os.listdir("/proc/self/task")) - before
+
+    loaded: list[Phi3Model] = []
+    assert added(5) - added(1) == 4
 
 
 def test_batch_limits_do_not_change_greedy_answers(tiny, tiny_phi3_onnx):

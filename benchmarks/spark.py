@@ -14,6 +14,7 @@ import time
 import machine
 import mlflow
 import pandas as pd
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from helpers import scoring, tracking
 
@@ -30,7 +31,10 @@ def main() -> None:
     mlflow.set_tracking_uri(tracking.default_uri())
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # spark_udf warns that env_manager="local" is local
 
-    model = mlflow.pyfunc.load_model(options.model)
+    client = mlflow.MlflowClient()
+    name, number = get_model_name_and_version(client, options.model)
+    uri, tags = f"models:/{name}/{number}", client.get_model_version(name, number).tags
+    model = mlflow.pyfunc.load_model(uri)
     template = model.unwrap_python_model().apply_chat_template
     ask = [f"What is the capital of {COUNTRIES[n % len(COUNTRIES)]}? ({n})" for n in range(options.rows)]
     table = pd.DataFrame({"prompt": [template([{"role": "user", "content": text}]) for text in ask]})
@@ -41,12 +45,13 @@ def main() -> None:
         started = time.perf_counter()
         assert model.predict(table, params=params) == expected
         runs["the model itself, all cores"].append((0, time.perf_counter() - started))
-        runs["Spark, 1 core"].append(score(options.model, table, params, 1, expected))
-        runs["Spark, 2 cores"].append(score(options.model, table, params, 2, expected))
+        runs["Spark, 1 core"].append(score(uri, table, params, 1, expected))
+        runs["Spark, 2 cores"].append(score(uri, table, params, 2, expected))
     figures = {name: _medians(pairs, options.rows) for name, pairs in runs.items()}
-    print(f"{options.rows} rows, {options.tokens} tokens at most, {options.model}")
+    print(f"{options.rows} rows, {options.tokens} tokens at most, {uri}")
     print(pd.DataFrame(figures).T.to_string())
-    machine.write("spark", {"settings": vars(options), "figures": figures}, "pyspark")
+    measured = {"version": f"{name}/{number}", **tags}  # its precision, or the candidate it was chosen as
+    machine.write("spark", {"settings": vars(options), "model": measured, "figures": figures}, "pyspark")
 
 
 def score(

@@ -28,7 +28,7 @@ LEAKS = ("Traceback", 'File "', "site-packages")
 
 @dataclass
 class Reply:
-    """How one request went; seconds are None for one that was given up."""
+    """How one request went; seconds are those of an answer that was compared with the model's own."""
 
     kind: str
     chat: int
@@ -37,6 +37,16 @@ class Reply:
     text: str
     seconds: float | None = None
     first_token: float | None = None  # seconds, of a stream
+
+    @property
+    def compared(self) -> bool:
+        """Whether `right` tells of the text, too."""
+        return self.seconds is not None
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the client went before the answer was whole."""
+        return self.kind in ("gone", "late") and not self.compared
 
     @property
     def leaks(self) -> bool:
@@ -84,7 +94,8 @@ class Traffic:
         )(client, chat, chance)
 
     def _bad(self, client: httpx.Client, chat: int, chance: random.Random) -> Reply:
-        reply = client.post("/v1/chat/completions", content=chance.choice(self.bad))
+        headers = {"Content-Type": "application/json"}
+        reply = client.post("/v1/chat/completions", content=chance.choice(self.bad), headers=headers)
         right = 400 <= reply.status_code < 500 and "message" in reply.json()["error"]
         return Reply("bad", chat, right, reply.status_code, reply.text)
 
@@ -118,13 +129,17 @@ class Traffic:
         return Reply("gone", chat, reply.is_success, reply.status_code, "")
 
     def _late(self, client: httpx.Client, chat: int, chance: random.Random) -> Reply:
-        """Give up on an answer that has not come soon; one that has is judged as any other."""
+        """Give up on an answer that has not come soon; one that has must begin as the model's shorter one."""
+        began = time.perf_counter()
         try:
             body = self.good(chat, max_tokens=LONG)
             reply = client.post("/v1/chat/completions", json=body, timeout=chance.uniform(0.05, 0.5))
         except httpx.ReadTimeout:
             return Reply("late", chat, True, 0, "")
-        return Reply("late", chat, reply.is_success, reply.status_code, reply.text)
+        seconds = time.perf_counter() - began
+        right = reply.is_success
+        right = right and reply.json()["choices"][0]["message"]["content"].startswith(self.expected[chat])
+        return Reply("late", chat, right, reply.status_code, reply.text, seconds)
 
 
 def bad_requests(good: dict) -> list[bytes]:

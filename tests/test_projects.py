@@ -109,6 +109,19 @@ def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_
     assert entry_point.replace("_", "-") in set(runs["tags.mlflow.runName"])  # the notebook's
 
 
+@pytest.mark.slow
+def test_the_documented_command_runs_as_it_stands(project):
+    """Store and output are the clone's own, as a reader's are."""
+    command = "mlflow run . -e custom_python_wrapper -P model=tiny-phi3 --env-manager local"
+    assert command in (project / "MLproject").read_text()
+    result = subprocess.run(command.split(), cwd=project, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert executed(project, "custom_python_wrapper")["model"] == "tiny-phi3"
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    champion = mlflow.MlflowClient().get_model_version_by_alias("slm-onnx", "champion")
+    assert champion.name == "slm-onnx"
+
+
 def test_a_bad_parameter_ends_mlflow_run_with_the_sentence_that_says_why(project):
     result = mlflow_run(project, "custom_python_wrapper", "local", model="tiny-phi3", precision="int5")
     assert result.returncode != 0

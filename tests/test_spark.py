@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 
 from helpers import tracking
-from helpers.models import onnx_chat_model
+from helpers.models import catalog, onnx_chat_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAMPION = "models:/slm-onnx@champion"
@@ -36,10 +37,11 @@ session.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 4)
 answer = mlflow.pyfunc.spark_udf(
     session, model, env_manager="local", result_type="string", params=params, model_config={"threads": 1}
 )
-table = session.createDataFrame(pd.DataFrame(rows, columns=["key", "prompt"])).repartition(cores)
-scored = table.withColumn("answer", answer("prompt")).toPandas()
+table = pd.DataFrame(rows, columns=["key", "prompt"]).reset_index(names="row")
+spread = session.createDataFrame(table).repartition(cores)
+scored = spread.withColumn("answer", answer("prompt")).toPandas().sort_values("row")
 session.stop()
-print(json.dumps(scored.values.tolist()))
+print(json.dumps(scored.drop(columns="row").values.tolist()))
 """
 COUNTED = """
 
@@ -84,7 +86,7 @@ def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
 
 @pytest.fixture
 def score(with_pyspark, tmp_path):
-    """Score rows in another process; a list of [key, prompt, answer]."""
+    """Score rows in another process, as notebook 02 does; a list of [key, prompt, answer]."""
     (tmp_path / "score.py").write_text(SCORE)
 
     def run(*asked) -> list[list[str]]:
@@ -98,12 +100,12 @@ def score(with_pyspark, tmp_path):
     return run
 
 
-def test_every_key_keeps_its_row_and_answers_are_the_models_own(score, registered_onnx):
+def test_rows_keep_their_order_and_keys_and_answers_are_the_models_own(score, registered_onnx):
     scored = score(registered_onnx, CHAMPION, ROWS, PARAMS, 2)
     mlflow.set_tracking_uri(registered_onnx)
     prompts = pd.DataFrame(ROWS, columns=["key", "prompt"])[["prompt"]]
     answers = mlflow.pyfunc.load_model(CHAMPION).predict(prompts, params=PARAMS)
-    assert sorted(scored) == sorted([*row, answer] for row, answer in zip(ROWS, answers, strict=True))
+    assert scored == [[*row, answer] for row, answer in zip(ROWS, answers, strict=True)]
 
 
 def test_each_worker_loads_the_model_once_with_the_threads_it_was_given(score, tiny_phi3_onnx, tmp_path):
@@ -126,7 +128,7 @@ def test_each_worker_loads_the_model_once_with_the_threads_it_was_given(score, t
     assert {load.split()[1] for load in loads} == {"1"}
 
 
-def test_notebook_02_scores_its_table_with_spark_and_shows_an_answer_for_every_country(
+def test_notebook_02_scores_its_table_with_spark_and_shows_the_champions_answers_in_order(
     with_pyspark, tmp_path
 ):
     switches = {
@@ -137,11 +139,25 @@ def test_notebook_02_scores_its_table_with_spark_and_shows_an_answer_for_every_c
         "spark": "True",
     }
     given = [part for name, value in switches.items() for part in ("-p", name, value)]
-    given += ["-p", "tracking_uri", f"sqlite:///{tmp_path}/mlflow.db", "--output", str(tmp_path)]
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    given += ["-p", "tracking_uri", store, "--output", str(tmp_path)]
     command = [sys.executable, "-m", "helpers", "run", "02", *given]
     result = subprocess.run(command, capture_output=True, text=True, env=with_pyspark)
     assert result.returncode == 0, result.stderr
     book = nbformat.read(tmp_path / "02_CustomPythonWrapper.ipynb", as_version=4)
     (cell,) = (cell for cell in book.cells if "spark_udf" in cell.source and cell.cell_type == "code")
     (table,) = (output.data["text/html"] for output in cell.outputs if "data" in output)
-    assert [country in table for country in ("Spain", "France", "Italy", "Japan")] == [True] * 4
+    mlflow.set_tracking_uri(store)
+    champion, countries = mlflow.pyfunc.load_model(CHAMPION), ["Spain", "France", "Italy", "Japan"]
+    messages = catalog.find("tiny-phi3").messages
+    chats = [messages(f"What is the capital of {country}?") for country in countries]
+    prompts = [champion.unwrap_python_model().apply_chat_template(chat) for chat in chats]
+    answers = champion.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 24})
+    assert all(answers)
+    expected = pd.DataFrame({"country": countries, "answer": answers})
+    assert cells(table) == cells(expected._repr_html_())
+
+
+def cells(table: str) -> list[str]:
+    """What stands in the body of an HTML table, row by row, without the row's label."""
+    return re.findall("<td>(.*?)</td>", table, re.DOTALL)

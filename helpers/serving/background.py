@@ -106,8 +106,8 @@ def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
 
 
 def answers(url: str) -> bool:
-    """True when `/health` of a server is answered; raises OSError when not."""
-    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+    """True when `/health` of a server is answered, asked past any proxy; raises OSError when not."""
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=5).close()
     return True
 
 
@@ -153,7 +153,8 @@ def _supervise(command: list[str]) -> int:
     for wait in (_wait_for_stdin, server.wait):
         threading.Thread(target=_end_after, args=(wait, server.pid, gone), daemon=True).start()
     while part := os.read(server.stdout.fileno(), 65536):
-        os.write(1, part)
+        with contextlib.suppress(OSError):  # a full disk costs lines of the log, not the supervision
+            os.write(1, part)
     gone.set()
     return server.wait()
 

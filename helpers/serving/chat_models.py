@@ -1,7 +1,7 @@
 """One interface over the registered models: `start(messages, params)` returns a completion to iterate.
 
 A completion yields pieces of text while they are decoded; afterwards it has `prompt_tokens`,
-`completion_tokens` and `finish_reason`; `close()` ends its work early.
+`completion_tokens` and `finish_reason`; `close()` ends its work early, with the reason "closed".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,38 +30,48 @@ class ServedModel:
     model_id: str
     system_message: str | None  # prepended where a request has no system turn
 
+    @property
+    def full_name(self) -> str:
+        """Name and version, as in `slm-onnx/1`."""
+        return f"{self.name}/{self.version}" if self.version else self.name
+
 
 def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
     """Load a model from the registry, or from any other URI that MLflow knows.
 
+    What can be served is what can be decoded token by token: a Transformers text-generation pipeline, or a
+    class with the `generate` and `encode_messages` of `onnx_chat_model.py`. A class with `predict` alone has
+    neither a chat template nor a count of its tokens.
+
     Raises:
-        ValueError: for a model that is no Transformers pipeline and lacks `generate` and `encode_messages`.
-        mlflow.exceptions.MlflowException: if there is no such model.
+        ValueError: for another model.
+        mlflow.exceptions.MlflowException: if there is no such model, or it cannot be loaded.
     """
     import mlflow
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
 
+    asked, name, version = model_uri, model_uri.rstrip("/").rpartition("/")[2], ""
+    if re.fullmatch(r"models:/[^/@]+[/@].+", model_uri):
+        # Once, so that what is loaded is what is told, even if the alias moves meanwhile.
+        name, version = get_model_name_and_version(mlflow.MlflowClient(), model_uri)
+        model_uri = f"models:/{name}/{version}"
     info = mlflow.models.get_model_info(model_uri)
-    name, version = model_uri.rstrip("/").rpartition("/")[2], ""
-    if registered := re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(.+))", model_uri):
-        name, alias, version = registered.groups()
-        if alias:
-            version = str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
     served = ServedModel(name, version, info.model_id or "", (info.metadata or {}).get("system_message"))
     if "python_model" in info.flavors.get("python_function", {}):
         raise ValueError(
-            f"{model_uri} is a pickled Python class, and a pickle runs any code that is in it. "
+            f"{asked} is a pickled Python class, and a pickle runs any code that is in it. "
             "Log the class as a file: log_model(python_model='my_model.py')."
         )
     if "transformers" in info.flavors:
         config = info.flavors["python_function"].get("config") or {}
         return served, TransformersChat(mlflow.transformers.load_model(model_uri), config)
-    wrapper = None
+    model, wrapper = mlflow.pyfunc.load_model(model_uri), None
     with contextlib.suppress(mlflow.MlflowException):  # a flavour without a Python model
-        wrapper = mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
+        wrapper = model.unwrap_python_model()
     if not all(hasattr(wrapper, name) for name in ("generate", "encode_messages")):
         raise ValueError(
-            f"{model_uri} has no generate and encode_messages, and is no Transformers pipeline, so it cannot "
-            "be served as chat. Serve it with: mlflow models serve --model-uri " + model_uri
+            f"{asked} has no generate and encode_messages, and is no Transformers pipeline, so it cannot "
+            f"be served as chat. Serve it with: mlflow models serve --model-uri {asked}"
         )
     return served, OnnxChat(wrapper)
 
@@ -87,7 +98,7 @@ class TransformersChat:
         self.model, self.tokenizer = pipeline.model, pipeline.tokenizer
         self.defaults = {"max_new_tokens": 256, "temperature": 0.0}
         self.defaults |= {name: value for name, value in defaults.items() if name in OPTIONS}
-        self.turn = threading.Lock()
+        self.turns = ThreadPoolExecutor(1)
 
     def start(self, messages: list[dict], params: dict) -> PipelineCompletion:
         """Begin an answer. Raises ValueError for what the model cannot do, such as too long a prompt."""
@@ -121,21 +132,27 @@ class TransformersChat:
         return [token for part in ids for token in part]
 
     def _render(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(f"The model's chat template refuses these messages: {reason}.") from None
 
     def _encode(self, text: str, **options: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
 
 class PipelineCompletion:
-    """One answer of a pipeline, decoded in a thread of its own."""
+    """One answer of a pipeline, decoded in the pipeline's thread when its turn has come."""
 
     def __init__(self, chat: TransformersChat, ids: list[int], params: dict):
         self.prompt_tokens, self.completion_tokens, self.finish_reason = len(ids), 0, None
         self._closed = threading.Event()
         self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._stop = [text for text in params.get("stop") or [] if text]
-        threading.Thread(target=self._decode, args=(chat, ids, params), daemon=True).start()
+        chat.turns.submit(self._decode, chat, ids, params)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text as it is decoded, up to the first stop text. Raises what decoding raised."""
@@ -144,14 +161,15 @@ class PipelineCompletion:
             if isinstance(piece, Exception):
                 raise piece
             held += piece
-            ends = [at for text in self._stop if (at := held.find(text)) >= 0]
+            ends = [(at + len(text), at) for text in self._stop if (at := held.find(text)) >= 0]
             if ends:
-                held, self.finish_reason = held[: min(ends)], "stop"
+                held, self.finish_reason = held[: min(ends)[1]], "stop"
                 self.close()
                 break
-            keep = max((n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
+            tails = (at for at in range(len(held)) if any(text.startswith(held[at:]) for text in self._stop))
+            ready = next(tails, len(held))
+            yield held[:ready]
+            held = held[ready:]
         yield held
 
     def close(self) -> None:
@@ -160,9 +178,10 @@ class PipelineCompletion:
 
     def _decode(self, chat: TransformersChat, ids: list[int], params: dict) -> None:
         try:
-            with chat.turn:
-                if not self._closed.is_set():
-                    self._generate(chat, ids, params)
+            if self._closed.is_set():
+                self.finish_reason = "closed"
+            else:
+                self._generate(chat, ids, params)
         except Exception as error:
             self._pieces.put(error)
         self._pieces.put(None)
@@ -197,4 +216,5 @@ class PipelineCompletion:
         )
         self.completion_tokens = output.shape[1] - len(ids)
         ended = output[0, -1].item() in np.atleast_1d(chat.model.generation_config.eos_token_id)
-        self.finish_reason = self.finish_reason or ("stop" if ended else "length")
+        reason = "stop" if ended else "closed" if self._closed.is_set() else "length"
+        self.finish_reason = self.finish_reason or reason

@@ -23,6 +23,11 @@ RUN pip install --no-cache-dir -c constraints.txt -r requirements.txt
 
 COPY {model} /opt/ml/model
 """
+# Straight: a proxy in the image's environment must not be asked for its own address.
+HEALTH = (
+    "import urllib.request as r; "
+    f"r.build_opener(r.ProxyHandler({{}})).open('http://127.0.0.1:{PORT}/ping', timeout=25)"
+)
 SETTINGS = f"""\
 ENV MLFLOW_MODELS_WORKERS=1 \\
     MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT={REQUEST_SECONDS} \\
@@ -38,7 +43,7 @@ USER 10001
 EXPOSE {PORT}
 # While a long prompt is read the server holds Python's lock, so one slow answer is not a dead server.
 HEALTHCHECK --interval=30s --timeout=30s --start-period=300s --retries=3 \\
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/ping', timeout=25)"]
+    CMD ["python", "-c", "{HEALTH}"]
 
 """
 

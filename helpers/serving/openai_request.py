@@ -38,7 +38,6 @@ class TextPart(_Fields):
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
     def plain(self) -> dict:
         """As the model's template takes it: a role it knows, a text."""

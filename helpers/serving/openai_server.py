@@ -1,6 +1,7 @@
 """An OpenAI endpoint over a registered model: `python -m helpers serve --model models:/slm-onnx@champion`.
 
 Two processes: this front, which speaks HTTP and counts, and the worker (`worker.py`), which holds the model.
+Which models can be served, `chat_models.py` says.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import secrets
 import signal
+import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager
 
 import uvicorn
@@ -35,7 +38,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
 
-from helpers import tracking
+from helpers import parameters, tracking
 from helpers.serving import background
 from helpers.serving.openai_request import ApiError, ChatRequest, parse
 from helpers.serving.worker import LOG_FORMAT, Answer, Worker
@@ -43,7 +46,8 @@ from helpers.serving.worker import LOG_FORMAT, Answer, Worker
 log = logging.getLogger("helpers.serving")
 API_KEY = "OPENAI_SERVER_API_KEY"
 RETRY_SECONDS = 2
-BODY_SECONDS = 30  # a client that takes longer to send its request is cut off
+BODY_SECONDS = 30  # for a request's body; uvicorn (0.54) sets no limit for what comes before it
+FAREWELL_SECONDS = 2  # between the last word to those who wait at the end of the grace, and the cut
 disable_created_metrics()
 
 
@@ -53,7 +57,8 @@ class Metrics:
     def __init__(self, worker: Worker):
         self.registry = CollectorRegistry()
         names = {"namespace": "chat", "registry": self.registry}
-        self.requests = Counter("requests", "Answered requests, by status.", ["status"], **names)
+        help_text = "Requests, by the status they ended with, also in a stream; 499: the client has gone."
+        self.requests = Counter("requests", help_text, ["status"], **names)
         self.errors = Counter("errors", "Requests that failed, before or during the answer.", **names)
         self.tokens_in = Counter("prompt_tokens", "Tokens read.", **names)
         self.tokens_out = Counter("completion_tokens", "Tokens written.", **names)
@@ -67,12 +72,17 @@ class Metrics:
             lambda: sum(answer.waiting for answer in worker.answers.values())
         )
 
+    def count_tokens(self, read: int, written: int) -> None:
+        self.tokens_in.inc(read)
+        self.tokens_out.inc(written)
+
 
 class Front:
     """The HTTP side of one worker.
 
     Args:
-        api_key: what `Authorization: Bearer …` must hold under /v1 and for /metrics; None for no check.
+        api_key: what `Authorization: Bearer …` must hold under /v1 and for /metrics; with None, the request
+            must be addressed to this machine by a loopback name.
         max_queue: requests in progress above which a new one is answered 429.
         max_body: bytes of a request's body.
         timeout: seconds an answer may take.
@@ -87,7 +97,7 @@ class Front:
 
     def app(self) -> FastAPI:
         app = FastAPI(openapi_url=None, lifespan=self._lifespan)
-        keyed = [Depends(self._check_key)]
+        keyed = [Depends(self._check_caller)]
         app.get("/health")(self.health)
         app.get("/metrics", dependencies=keyed)(self.show_metrics)
         app.get("/v1/models", dependencies=keyed)(self.models)
@@ -95,21 +105,33 @@ class Front:
         app.post("/v1/chat/completions", dependencies=keyed)(self.chat)
         app.exception_handler(ApiError)(_error_response)
         app.exception_handler(HTTPException)(
-            lambda request, error: _error_response(request, ApiError(error.status_code, f"{error.detail}."))
+            lambda request, error: _error_response(
+                request, ApiError(error.status_code, f"{error.detail}."), error.headers
+            )
         )
         app.add_middleware(_RequestIds, metrics=self.metrics)
         return app
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.worker.listen(self.on_worker_death)
+        self.worker.listen(self.on_worker_death, self.metrics.count_tokens)
         yield
 
-    async def _check_key(self, request: Request) -> None:
+    def stop(self) -> None:
+        """End all answers in progress, and say why."""
+        for answer in list(self.worker.answers.values()):
+            self.worker.give_up(answer, 503, "The server is stopping.")
+
+    async def _check_caller(self, request: Request) -> None:
+        """The key; without one, the address: a web page can point a name of its own at 127.0.0.1."""
+        if not self.api_key:
+            name = re.sub(r":\d*$", "", request.headers.get("host", ""))
+            if not _is_loopback(name.strip("[]").lower()):
+                message = f"Host {name[:100]!r} is not localhost, 127.0.0.1 or [::1], and no API key is set."
+                raise ApiError(403, message, code="host_not_allowed")
+            return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if self.api_key and not (
-            scheme.lower() == "bearer" and secrets.compare_digest(key.encode(), self.api_key.encode())
-        ):
+        if scheme.lower() != "bearer" or not secrets.compare_digest(key.encode(), self.api_key.encode()):
             raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
     async def health(self) -> Response:
@@ -162,6 +184,9 @@ class Front:
         return JSONResponse(head | {"choices": [choice], "usage": _usage(*usage)})
 
     async def _read(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":  # which no web page may send unasked
+            raise ApiError(415, f"The content type is {kind[:100]!r}, not application/json.")
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -182,9 +207,10 @@ class Front:
             ApiError: for an error in the worker, a time-out, or a client that has gone.
         """
         gone = asyncio.create_task(_disconnected(request))
-        gone.add_done_callback(lambda _: answer.events.put_nowait(("error", 499, "The client has gone.")))
-        late = ("error", 504, f"The answer took longer than {self.timeout:g} s.")
-        alarm = asyncio.get_running_loop().call_later(self.timeout, answer.events.put_nowait, late)
+        gone.add_done_callback(lambda _: self.worker.give_up(answer, 499, "The client has gone."))
+        # Both end the work by themselves: nobody takes events while a slow reader's socket is full.
+        late = f"The answer took longer than {self.timeout:g} s."
+        alarm = asyncio.get_running_loop().call_later(self.timeout, self.worker.give_up, answer, 504, late)
         first = True
         try:
             while True:
@@ -194,9 +220,6 @@ class Front:
                 if kind == "text" and first:
                     self.metrics.first_token.observe(time.perf_counter() - arrived)
                     first = False
-                if kind == "end":
-                    self.metrics.tokens_in.inc(event[0][0])
-                    self.metrics.tokens_out.inc(event[0][1])
                 yield kind, *event
                 if kind == "end":
                     return
@@ -227,7 +250,7 @@ class Front:
                 yield _sse(head | {"choices": [], "usage": _usage(*usage)})
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            self.metrics.errors.inc()
+            request.state.failed = error.status
             log.warning("%s %d %r", request.state.id, error.status, str(error))
             yield _sse(error.body())
 
@@ -249,9 +272,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _error_response(request: Request, error: ApiError) -> Response:
+def _error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     log.warning("%s %d %r", request.state.id, error.status, str(error))
-    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else None
+    if error.status in (429, 503):
+        headers = {"Retry-After": str(RETRY_SECONDS)}
     return JSONResponse(error.body(), error.status, headers)
 
 
@@ -266,28 +290,46 @@ class _RequestIds:
             await self.app(scope, receive, send)
             return
         request_id = scope.setdefault("state", {})["id"] = f"req_{uuid.uuid4().hex}"
-        began, status = time.perf_counter(), None
+        began, status, complete = time.perf_counter(), None, False
 
         async def send_with_id(message: StarletteMessage) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            else:
+                complete = not message.get("more_body")
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("%s failed", request_id)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):  # the server's grace is over
+                failure = ApiError(503, "The server is stopping.")
+            else:
+                log.exception("%s failed", request_id)
+                failure = ApiError(500, "The server failed. Its log has more under the request id.")
             if status is None:
-                error = ApiError(500, "The server failed. Its log has more under the request id.")
-                await JSONResponse(error.body(), 500)(scope, receive, send_with_id)
+                await _error_response(Request(scope), failure)(scope, receive, send_with_id)
         finally:
             if scope["path"] not in ("/health", "/metrics"):
-                self.metrics.requests.labels(status or 499).inc()
-                self.metrics.errors.inc((status or 499) >= 400)
+                ended = scope["state"].get("failed") or (status if complete else 499)
+                self.metrics.requests.labels(ended).inc()
+                self.metrics.errors.inc(ended >= 400)
                 seconds = time.perf_counter() - began
-                log.info("%s %s %r %s %.3f s", request_id, scope["method"], scope["path"], status, seconds)
+                log.info("%s %s %r %s %.3f s", request_id, scope["method"], scope["path"], ended, seconds)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn cuts off who still waits at the end of the grace; here they are told before."""
+
+    def __init__(self, config: uvicorn.Config, front: Front, grace: int):
+        super().__init__(config)
+        self._front, self._grace = front, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace, self._front.stop)
+        await super().shutdown(sockets)
 
 
 def serve(
@@ -329,18 +371,26 @@ def serve(
     background.refuse_if_taken(port, host)
     # Bound before the model is loaded, which takes long; refused until it is.
     config = uvicorn.Config(
-        app=None, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=grace
+        app=None,
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=grace + FAREWELL_SECONDS,
     )
     listener = config.bind_socket()
     log.info("Loading %s", model_uri)
-    worker = Worker(model_uri, tracking_uri or tracking.default_uri(), trace_sampling)
+    worker = Worker(
+        model_uri, parameters.resolved(tracking_uri or "") or tracking.default_uri(), trace_sampling
+    )
     try:
         front = Front(worker, api_key, max_queue, max_body, timeout)
         config.app = front.app()
-        server = uvicorn.Server(config)
+        server = _Server(config, front, grace)
         front.on_worker_death = lambda: setattr(server, "should_exit", True)
-        name = f"{worker.model.name} {worker.model.version}".strip()
-        log.info("Serving %s at http://%s:%d/v1 (Ctrl-C ends it)", name, *listener.getsockname()[:2])
+        name, bound = listener.getsockname()[:2]
+        url = f"http://{f'[{name}]' if ':' in name else name}:{bound}/v1"
+        log.info("Serving %s at %s (Ctrl-C ends it)", worker.model.full_name, url)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
         if not worker.alive:

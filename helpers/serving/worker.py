@@ -15,6 +15,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -31,7 +32,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 @dataclass
 class Answer:
     """One request in the worker. Its events are ("started",), ("text", piece), ("end", usage, finish_reason)
-    or ("error", status, message); the last two come once."""
+    or ("error", status, message); one of the last two comes, once."""
 
     id: str
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
@@ -76,11 +77,16 @@ class Worker:
             raise RuntimeError(f"{model_uri} could not be loaded: {model}")
         return model
 
-    def listen(self, on_death) -> None:
-        """Begin to pass the worker's events on; `on_death()` is called if it ends by itself."""
-        threading.Thread(
-            target=self._read, args=(asyncio.get_running_loop(), on_death), daemon=True, name="worker-events"
-        ).start()
+    def listen(self, on_death: Callable[[], None], on_tokens: Callable[[int, int], None]) -> None:
+        """Begin to pass the worker's events on.
+
+        Args:
+            on_death: called if the process ends by itself.
+            on_tokens: called with the tokens read and written of every answer that ends, abandoned or not.
+        """
+        self._on_death, self._on_tokens = on_death, on_tokens
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, args=(loop,), daemon=True, name="worker-events").start()
 
     def ask(self, request_id: str, messages: list[dict], params: dict) -> Answer:
         """Send a request; its events arrive in the answer."""
@@ -88,10 +94,17 @@ class Worker:
         self._sender.submit(self._pipe.send, ("ask", request_id, messages, params))
         return answer
 
-    def close(self, answer: Answer) -> None:
-        """Forget an answer, and stop its work if there is any left."""
-        if self.answers.pop(answer.id, None):
+    def close(self, answer: Answer) -> bool:
+        """Forget an answer and stop its work; whether there was any left."""
+        running = self.answers.pop(answer.id, None) is not None
+        if running:
             self._sender.submit(self._pipe.send, ("close", answer.id))
+        return running
+
+    def give_up(self, answer: Answer, status: int, reason: str) -> None:
+        """Close an answer, and tell its reader why, if there is any work left."""
+        if self.close(answer):
+            answer.events.put_nowait(("error", status, reason))
 
     def stop(self, seconds: float = 5) -> None:
         """End the process, by force if it takes longer than `seconds`."""
@@ -102,27 +115,29 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _read(self, loop: asyncio.AbstractEventLoop, on_death) -> None:
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop ends before the worker does
             try:
                 while True:
                     loop.call_soon_threadsafe(self._deliver, *self._pipe.recv())
             except (EOFError, OSError):
-                loop.call_soon_threadsafe(self._died, on_death)
+                loop.call_soon_threadsafe(self._died)
 
     def _deliver(self, request_id: str, *event: Any) -> None:
+        if event[0] == "end":
+            self._on_tokens(*event[1])
         if answer := self.answers.get(request_id):
             answer.waiting = answer.waiting and event[0] != "text"
             answer.events.put_nowait(event)
             if event[0] in ("end", "error"):
                 del self.answers[request_id]
 
-    def _died(self, on_death) -> None:
+    def _died(self) -> None:
         if self.alive:
             self.alive = False
             for answer in self.answers.values():
                 answer.events.put_nowait(("error", 503, "The model's process has ended."))
-            on_death()
+            self._on_death()
 
 
 def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: float) -> None:
@@ -134,10 +149,10 @@ def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: f
     import mlflow
 
     mlflow.set_tracking_uri(tracking_uri)
-    if trace_sampling:
-        tracking.connect(tracking_uri, TRACES)
     try:
         served, model = chat_models.load(model_uri)
+        if trace_sampling:
+            _choose_experiment(tracking_uri)
     except Exception as error:
         log.debug("loading failed", exc_info=True)
         pipe.send(str(error) or repr(error))
@@ -153,6 +168,27 @@ def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: f
     os._exit(0)  # at once: a decoding thread must not keep the process
 
 
+def _choose_experiment(tracking_uri: str) -> None:
+    """Where traces go: beside the model, while `connect` would enter a server's workspace of that name."""
+    import mlflow
+
+    if tracking_uri.startswith(("http:", "https:")):
+        mlflow.set_experiment(TRACES)
+    else:
+        tracking.connect(tracking_uri, TRACES)
+
+
+@dataclass
+class _Call:
+    """What a trace tells of a request, apart from its completion."""
+
+    id: str
+    messages: list[dict]
+    params: dict
+    text: str = ""
+    started: int = field(default_factory=time.time_ns)
+
+
 class _Desk:
     """Answers requests side by side, each read out by a thread of its own."""
 
@@ -162,71 +198,73 @@ class _Desk:
         self._running: dict[str, Any] = {}
 
     def ask(self, request_id: str, messages: list[dict], params: dict) -> None:
+        """Begin an answer. A ValueError is the caller's and says what to change; the rest is logged."""
+        call = _Call(request_id, messages, params)
         try:
-            started = time.time_ns()
             completion = self._running[request_id] = self._model.start(messages, params)
         except Exception as error:
-            self._fail(request_id, error)
+            self._trace(call, error=error)
+            if isinstance(error, ValueError):
+                self._send(request_id, "error", 400, str(error))
+            else:
+                self._fail(request_id, error)
             return
         self._send(request_id, "started")
-        arguments = (request_id, completion, messages, params, started)
-        threading.Thread(target=self._read_out, args=arguments, daemon=True).start()
+        threading.Thread(target=self._read_out, args=(call, completion), daemon=True).start()
 
     def close(self, request_id: str) -> None:
         if completion := self._running.pop(request_id, None):
             completion.close()
 
-    def _read_out(self, request_id: str, completion: Any, messages: list, params: dict, started: int) -> None:
-        pieces = []
+    def _read_out(self, call: _Call, completion: Any) -> None:
+        # Traced before the end is told: whoever hears of it may stop the server.
         try:
             for piece in completion:
                 if piece:
-                    pieces.append(piece)
-                    self._send(request_id, "text", piece)
-            # Traced before the end is told: whoever hears of it may stop the server.
-            if self._sampling and random.random() < self._sampling:
-                self._trace(request_id, completion, messages, params, started, "".join(pieces))
+                    call.text += piece
+                    self._send(call.id, "text", piece)
+            self._trace(call, completion)
             usage = completion.prompt_tokens, completion.completion_tokens
-            self._send(request_id, "end", usage, completion.finish_reason)
+            self._send(call.id, "end", usage, completion.finish_reason)
         except Exception as error:
-            self._fail(request_id, error)
+            self._trace(call, completion, error)
+            self._fail(call.id, error)
         finally:
-            self._running.pop(request_id, None)
+            self._running.pop(call.id, None)
 
     def _send(self, *message: Any) -> None:
         with self._lock:
             self._pipe.send(message)
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        """A ValueError is the caller's, and says what to change; anything else stays in the log."""
-        if isinstance(error, ValueError):
-            self._send(request_id, "error", 400, str(error))
-            return
         log.error("%s failed", request_id, exc_info=error)
         self._send(
             request_id, "error", 500, "The model failed. The server's log has more under the request id."
         )
 
-    def _trace(
-        self, request_id: str, completion: Any, messages: list, params: dict, started: int, text: str
-    ) -> None:
+    def _trace(self, call: _Call, completion: Any = None, error: Exception | None = None) -> None:
+        """Leave a trace of a call that has ended, if it is one of the sample."""
+        if not self._sampling or random.random() >= self._sampling:
+            return
         import mlflow
 
         served = self._served
+        names = {"model": served.name, "model_version": served.full_name}
         span = mlflow.start_span_no_context(
             "chat.completions",
             span_type="CHAT_MODEL",
-            inputs={"messages": messages, **params},
-            attributes={"model": served.name, "model_version": served.version},
-            tags={"request_id": request_id, "model": served.name, "model_version": served.version},
+            inputs={"messages": call.messages, **call.params},
+            attributes=names,
+            tags={"request_id": call.id, **names},
             metadata={"mlflow.modelId": served.model_id} if served.model_id else None,
-            start_time_ns=started,
+            start_time_ns=call.started,
         )
-        tokens = completion.prompt_tokens, completion.completion_tokens
-        usage = dict(
-            zip(("input_tokens", "output_tokens", "total_tokens"), (*tokens, sum(tokens)), strict=True)
-        )
-        span.set_attribute("mlflow.chat.tokenUsage", usage)
-        message = {"role": "assistant", "content": text}
-        span.set_outputs({"choices": [{"message": message, "finish_reason": completion.finish_reason}]})
+        if completion:
+            read, written = completion.prompt_tokens, completion.completion_tokens
+            usage = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+            span.set_attribute("mlflow.chat.tokenUsage", usage)
+            message = {"role": "assistant", "content": call.text}
+            span.set_outputs({"choices": [{"message": message, "finish_reason": completion.finish_reason}]})
+        if error:
+            span.record_exception(error)
         span.end()

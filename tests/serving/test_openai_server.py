@@ -1,13 +1,16 @@
 """The OpenAI endpoint, as the official client and as hostile clients see it: real servers, real models."""
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from serving_support import SYSTEM_MESSAGE, connected, left
 
 from helpers.environment import ROOT
 from helpers.models import onnx_chat_model
-from helpers.serving import openai_server
+from helpers.serving import background, chat_models, openai_server
 from helpers.serving.background import free_port
 from helpers.serving.openai_request import ApiError, ChatRequest, parse
 from helpers.serving.openai_server import API_KEY, serve
@@ -30,6 +33,7 @@ from helpers.serving.openai_server import API_KEY, serve
 QUESTION = [{"role": "user", "content": "Tell me a joke about an atom."}]
 # A penalty below 1 rewards repetition, so that the answer does not end by itself.
 ENDLESS = {"max_tokens": 4000, "extra_body": {"repetition_penalty": 0.2}}
+COUNT = [{"role": "user", "content": "Count to 49."}]  # without a system turn tiny-phi3 says 681 tokens
 CAPITAL = [{"role": "user", "content": "What is the capital of Spain?"}]
 
 
@@ -47,9 +51,22 @@ class Server:
     def ask(self, messages=QUESTION, **options):
         return self.client().chat.completions.create(model=self.model, messages=messages, **options)
 
-    def post(self, body: bytes | dict, **options) -> httpx.Response:
+    def post(self, body: bytes | dict, **headers: str) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(f"{self.url}/v1/chat/completions", content=content, timeout=60, **options)
+        headers = {"Content-Type": "application/json"} | headers
+        url = f"{self.url}/v1/chat/completions"
+        return httpx.post(url, content=content, headers=headers, timeout=60)
+
+    def connect(self, body: bytes, length: int) -> socket.socket:
+        """A connection that takes little, on which (a part of) a body of `length` bytes was sent."""
+        port = int(self.url.rpartition(":")[2])
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", port))
+        head = f"Host: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
+        return connection
 
     def metric(self, name: str) -> float:
         headers = {"Authorization": f"Bearer {self.key}"}
@@ -57,22 +74,34 @@ class Server:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 30
-        while self.metric("chat_requests_in_progress") and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert self.metric("chat_requests_in_progress") == 0
+        assert eventually(lambda: not self.metric("chat_requests_in_progress"))
 
     def processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
 
+def eventually(check: Callable[[], object], seconds: float = 30) -> object:
+    """What `check` gives, as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := check()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
+
+
+def reply_on(connection: socket.socket) -> httpx.Response:
+    """The reply that comes on a connection."""
+    reply = http.client.HTTPResponse(connection)
+    reply.begin()
+    return httpx.Response(reply.status, headers=reply.getheaders(), content=reply.read())
+
+
 @contextmanager
 def running(model_uri, store, log_folder, environment=None, **options):
-    """A server process, healthy at first, and ended at last."""
+    """A server process, healthy at first, ended at last; it waits three seconds for a body, not thirty."""
     port, log = free_port(), log_folder / f"server-{time.monotonic_ns()}.log"
     arguments = {"model_uri": model_uri, "port": port, "tracking_uri": store} | options
-    code = f"from helpers.serving.openai_server import serve\nserve(**{arguments!r})"
+    code = f"from helpers.serving import openai_server as s\ns.BODY_SECONDS = 3\ns.serve(**{arguments!r})"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=output, stderr=output, env=os.environ | (environment or {})
@@ -253,6 +282,34 @@ def test_concurrent_callers_get_each_their_own_answer(tiny):
     assert len(set(alone)) > 8
 
 
+LOGGING_WRAPPER = """
+
+class Logged(Decoder):
+    def decode(self, rows):
+        with open({log!r}, "a") as log:
+            print(len(rows), file=log)
+        return super().decode(rows)
+
+
+Decoder = Logged
+"""
+
+
+def test_concurrent_requests_share_batches(register_python_model, tiny_phi3_onnx, store, tmp_path):
+    code, log = tmp_path / "logging_wrapper.py", tmp_path / "batches.log"
+    wrapper = Path(onnx_chat_model.__file__).read_text()
+    code.write_text(wrapper + LOGGING_WRAPPER.format(log=str(log)))
+    folder = {"phi3-mini-onnx": str(tiny_phi3_onnx)}
+    uri = register_python_model("logged", code, artifacts=folder)
+    with running(uri, store, tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        asked = body(model="logged", messages=COUNT, max_tokens=1000)
+        replies = list(pool.map(server.post, [asked] * 8))
+    assert [reply.status_code for reply in replies] == [200] * 8
+    rows = [int(line) for line in log.read_text().split()]
+    assert sum(rows) == 8
+    assert max(rows) > 1
+
+
 def test_a_real_model_answers_a_real_question(guarded):
     assert "Madrid" in guarded.ask(CAPITAL, max_tokens=16).choices[0].message.content
 
@@ -285,6 +342,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"messages": IMAGE}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "18 °C", "tool_call_id": "1"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "Hello", "name": "Anna"}]}, "messages.0.name"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tiny, options, param):
@@ -365,10 +423,40 @@ def test_whatever_json_a_body_holds_it_is_a_request_or_a_refusal(fields):
 def test_other_mistakes_have_their_own_status(tiny):
     assert is_openai_error(tiny.post(body(model="gpt-5")), 404)
     assert is_openai_error(tiny.post(b" " * 1_000_001), 413)
-    assert is_openai_error(httpx.get(f"{tiny.url}/v1/chat/completions"), 405)
+    wrong_method = httpx.get(f"{tiny.url}/v1/chat/completions")
+    assert is_openai_error(wrong_method, 405)
+    assert wrong_method.headers["allow"] == "POST"
+    assert is_openai_error(tiny.post(body(), **{"Content-Type": "text/plain"}), 415)
     assert is_openai_error(httpx.get(f"{tiny.url}/docs"), 404)
     with pytest.raises(openai.NotFoundError):
         tiny.client().models.retrieve("gpt-5")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/metrics"])
+def test_without_a_key_a_web_page_that_gives_this_machine_a_name_of_its_own_is_refused(tiny, guarded, path):
+    def ask(server, host, **headers):
+        method = "POST" if "chat" in path else "GET"
+        headers |= {"Host": host, "Content-Type": "application/json"}
+        return httpx.request(method, f"{server.url}{path}", headers=headers, content=b"{")
+
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+        assert is_openai_error(ask(tiny, host), 403)
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]", "[::1]:8000"):
+        assert ask(tiny, host).status_code == (400 if "chat" in path else 200)
+    opened = ask(guarded, "a-name-in-the-network", Authorization=f"Bearer {guarded.key}")
+    assert opened.status_code == (400 if "chat" in path else 200)
+
+
+def test_a_body_that_does_not_come_is_a_408(tiny):
+    with closing(tiny.connect(b"{", length=100)) as connection:
+        assert is_openai_error(reply_on(connection), 408)
+
+
+def test_a_client_that_goes_while_it_sends_is_counted_and_logged(tiny):
+    gone = tiny.metric('chat_requests_total{status="499"}')
+    tiny.connect(b"{", length=100).close()
+    assert eventually(lambda: tiny.metric('chat_requests_total{status="499"}') == gone + 1)
+    assert "499 'The client has gone.'" in tiny.log.read_text()
 
 
 def test_every_refusal_is_in_the_log_under_its_request_id(tiny):
@@ -387,38 +475,72 @@ import mlflow
 
 class Completion:
     prompt_tokens, completion_tokens, finish_reason = 1, 1, None
+    def __init__(self, error): self.error = error
     def __iter__(self):
         yield "So far so good"
-        raise RuntimeError("the secret inside")
+        raise self.error
     def close(self): pass
 
 class Failing(mlflow.pyfunc.PythonModel):
     def predict(self, context, model_input: list[str]) -> list[str]: return model_input
     def encode_messages(self, messages):
-        if messages[0]["content"] == "early":
-            raise RuntimeError("the secret inside")
-        return [1]
-    def generate(self, prompts, params): return [Completion()]
+        when, kind = messages[0]["content"].split()
+        error = {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind]("The secret inside.")
+        if when == "early":
+            raise error
+        return error
+    def generate(self, prompts, params): return [Completion(prompts[0])]
 
 mlflow.models.set_model(Failing())
 """
 
 
-def test_a_failing_model_is_a_500_whose_cause_stays_in_the_log(register_python_model, store, tmp_path):
-    code = tmp_path / "failing_model.py"
-    code.write_text(FAILING_MODEL)
-    uri = register_python_model("failing", code)
-    with running(uri, store, tmp_path) as server:
-        early = server.post(body(model="failing", messages=[{"role": "user", "content": "early"}]))
-        late = server.post(body(model="failing"))
-        for reply in (early, late):
-            assert is_openai_error(reply, 500)
-            assert "secret" not in reply.text
-            assert f"{reply.headers['x-request-id']} failed" in server.log.read_text()
-        chunks = []
-        with pytest.raises(openai.APIError, match="The model failed"):
-            chunks.extend(server.ask(stream=True))
-        assert "the secret inside" in server.log.read_text()
+@pytest.fixture(scope="module")
+def failing(register_python_model, store, tmp_path_factory):
+    """Fails early or late, with the error that it is asked for."""
+    folder = tmp_path_factory.mktemp("failing")
+    (folder / "failing_model.py").write_text(FAILING_MODEL)
+    uri = register_python_model("failing", folder / "failing_model.py")
+    with running(uri, store, folder, trace_sampling=1.0) as server:
+        yield server
+
+
+def failure(text: str, **options) -> dict:
+    return body(model="failing", messages=[{"role": "user", "content": text}], **options)
+
+
+@pytest.mark.parametrize("text", ["early RuntimeError", "late RuntimeError", "late ValueError"])
+def test_a_failing_model_is_a_500_whose_cause_stays_in_the_log(failing, text):
+    reply = failing.post(failure(text))
+    assert is_openai_error(reply, 500)
+    assert "secret" not in reply.text
+    assert f"{reply.headers['x-request-id']} failed" in failing.log.read_text()
+    assert "The secret inside" in failing.log.read_text()
+
+
+def test_what_a_model_refuses_before_it_begins_is_a_400_in_its_own_words(failing):
+    reply = failing.post(failure("early ValueError"))
+    assert is_openai_error(reply, 400)
+    assert reply.json()["error"]["message"] == "The secret inside."
+
+
+def test_a_stream_that_fails_ends_with_the_error_and_counts_as_one(failing):
+    before = [failing.metric(name) for name in ("chat_errors_total", 'chat_requests_total{status="500"}')]
+    chunks = []
+    with pytest.raises(openai.APIError, match="The model failed"):
+        chunks.extend(failing.ask([{"role": "user", "content": "late RuntimeError"}], stream=True))
+    after = [failing.metric(name) for name in ("chat_errors_total", 'chat_requests_total{status="500"}')]
+    assert after == [number + 1 for number in before]
+
+
+@pytest.mark.parametrize("text", ["early RuntimeError", "late RuntimeError", "early ValueError"])
+def test_a_failed_call_leaves_a_trace_that_says_so(failing, store, text):
+    trace = find_trace(store, failing.post(failure(text)).headers["x-request-id"])
+    assert trace.info.state == "ERROR"
+    assert trace.info.tags["model_version"] == "failing/1"
+    (span,) = trace.data.spans
+    assert span.inputs["messages"][0]["content"] == text
+    assert "The secret inside." in span.status.description
 
 
 # ---- keys, queues, time-outs, traces, figures ----
@@ -433,7 +555,7 @@ def test_a_public_address_needs_a_key(monkeypatch):
 
 def test_only_the_key_opens_the_models(guarded):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
-        assert is_openai_error(guarded.post(body(), headers=headers), 401)
+        assert is_openai_error(guarded.post(body(), **headers), 401)
         assert is_openai_error(httpx.get(f"{guarded.url}/v1/models", headers=headers), 401)
         assert is_openai_error(httpx.get(f"{guarded.url}/metrics", headers=headers), 401)
     assert httpx.get(f"{guarded.url}/health").status_code == 200
@@ -465,9 +587,38 @@ def test_a_traced_call_holds_inputs_outputs_usage_and_version(guarded, store):
     assert span.outputs["choices"][0]["message"]["content"] == answer.choices[0].message.content
     assert trace.info.token_usage["input_tokens"] == answer.usage.prompt_tokens
     assert trace.info.token_usage["output_tokens"] == answer.usage.completion_tokens
-    assert trace.info.tags["model_version"] == "1"
+    assert trace.info.tags["model_version"] == "smollm2/1"
     assert trace.info.trace_metadata["mlflow.modelId"].startswith("m-")
     assert trace.info.execution_duration > 0
+
+
+@pytest.fixture
+def workspaces(tmp_path):
+    """The URL of an MLflow server with workspaces, as a classroom's; this process uses its default one."""
+    port, before = free_port(), mlflow.get_tracking_uri()
+    # fmt: off
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+               "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--workers", "1",
+               "--artifacts-destination", str(tmp_path / "artifacts"), "--enable-workspaces"]
+    # fmt: on
+    with background.running(command, port, "MLflow", 120) as url:
+        mlflow.set_tracking_uri(url)
+        yield url
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.slow
+def test_tracing_finds_the_model_in_its_workspace_and_leaves_its_traces_there(workspaces, tmp_path):
+    (tmp_path / "failing_model.py").write_text(FAILING_MODEL)
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(
+            python_model=str(tmp_path / "failing_model.py"), name="failing", registered_model_name="failing"
+        )
+    with running("models:/failing/1", workspaces, tmp_path, trace_sampling=1.0) as server:
+        request_id = server.post(failure("early ValueError")).headers["x-request-id"]
+    where = [mlflow.get_experiment_by_name("serving").experiment_id]
+    (trace,) = mlflow.search_traces(locations=where, return_type="list")
+    assert trace.info.tags["request_id"] == request_id
 
 
 def test_without_sampling_there_is_no_trace(tiny, store):
@@ -482,21 +633,40 @@ def test_without_sampling_there_is_no_trace(tiny, store):
     assert tiny_traces == []
 
 
-def test_a_client_that_goes_stops_its_work(guarded, store):
+GONE = (
+    'chat_requests_total{status="499"}',
+    "chat_errors_total",
+    "chat_prompt_tokens_total",
+    "chat_completion_tokens_total",
+)
+
+
+def test_a_client_that_goes_stops_its_work_and_is_counted(guarded, store):
+    before = [guarded.metric(name) for name in GONE]
     stream = guarded.ask(stream=True, **ENDLESS)
     first = next(iter(stream))
     stream.close()
     guarded.wait_until_idle()
     trace = find_trace(store, first.id)
     assert trace.data.spans[0].outputs["choices"][0]["finish_reason"] == "closed"
-    assert trace.info.token_usage["output_tokens"] < ENDLESS["max_tokens"]
+    used = trace.info.token_usage
+    assert used["output_tokens"] < ENDLESS["max_tokens"]
+    added = [1, 1, used["input_tokens"], used["output_tokens"]]
+    expected = [old + new for old, new in zip(before, added, strict=True)]
+    assert eventually(lambda: [guarded.metric(name) for name in GONE] == expected)
+    request_id = first.id.replace("chatcmpl-", "req_")
+    assert f"{request_id} POST '/v1/chat/completions' 499" in guarded.log.read_text()
 
 
-def test_a_client_that_times_out_stops_its_work(guarded):
+def test_a_client_that_times_out_stops_its_work_and_is_counted(guarded):
+    before = [guarded.metric(name) for name in GONE]
     with pytest.raises(openai.APITimeoutError):
         guarded.client(timeout=0.5).chat.completions.create(model="smollm2", messages=QUESTION, **ENDLESS)
     guarded.wait_until_idle()
-    assert guarded.metric('chat_requests_total{status="499"}') >= 1
+    assert eventually(lambda: guarded.metric("chat_prompt_tokens_total") > before[2])
+    added = [guarded.metric(name) - old for name, old in zip(GONE, before, strict=True)]
+    assert added[:2] == [1, 1]
+    assert added[3] < ENDLESS["max_tokens"]
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(guarded):
@@ -532,13 +702,50 @@ def test_an_answer_over_its_time_is_stopped(smollm2_uri, store, tmp_path):
         with pytest.raises(openai.APIError, match="took longer than"):
             pieces.extend(server.ask(stream=True, **ENDLESS))
         assert server.metric("chat_requests_in_progress") == 0
+        assert server.metric('chat_requests_total{status="504"}') == server.metric("chat_errors_total") == 2
+        assert eventually(lambda: server.metric("chat_completion_tokens_total") > len(pieces))
+
+
+TALKATIVE_MODEL = """
+import mlflow, time
+
+class Completion:
+    prompt_tokens, completion_tokens, finish_reason = 1, 0, None
+    def __iter__(self):
+        while not self.finish_reason:
+            self.completion_tokens += 1
+            yield "x" * 100_000
+            time.sleep(0.01)
+    def close(self): self.finish_reason = "closed"
+
+class Talkative(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input: list[str]) -> list[str]: return model_input
+    def encode_messages(self, messages): return [1]
+    def generate(self, prompts, params): return [Completion()]
+
+mlflow.models.set_model(Talkative())
+"""
+
+
+def test_a_reader_that_takes_nothing_gets_no_more_time(register_python_model, store, tmp_path):
+    code = tmp_path / "talkative_model.py"
+    code.write_text(TALKATIVE_MODEL)
+    uri = register_python_model("talkative", code)
+    asked = json.dumps(body(model="talkative", stream=True)).encode()
+    with running(uri, store, tmp_path, timeout=3) as server:
+        with closing(server.connect(asked, len(asked))) as connection:
+            assert eventually(lambda: server.metric("chat_requests_in_progress"))
+            server.wait_until_idle()
+            assert eventually(lambda: server.metric("chat_completion_tokens_total"))
+            assert reply_on(connection).text.rstrip().endswith('"code": null}}')
+        assert server.metric('chat_requests_total{status="504"}') == 1
 
 
 # ---- start and end ----
 
 
 def test_a_stopped_server_finishes_its_answers_and_takes_no_new_ones(smollm2_uri, store, tmp_path):
-    with running(smollm2_uri, store, tmp_path) as server:
+    with running(smollm2_uri, store, tmp_path, grace=300) as server:
         processes = server.processes()
         chunks = iter(server.ask(stream=True, max_tokens=200, extra_body=ENDLESS["extra_body"]))
         next(chunks)
@@ -551,16 +758,33 @@ def test_a_stopped_server_finishes_its_answers_and_takes_no_new_ones(smollm2_uri
         assert left(processes) == []
 
 
-def test_a_stopped_server_waits_only_so_long(smollm2_uri, store, tmp_path):
-    with running(smollm2_uri, store, tmp_path, grace=1) as server:
+def test_a_stopped_server_waits_only_so_long_and_says_so(smollm2_uri, store, tmp_path):
+    endless = body(model="smollm2", max_tokens=4000, **ENDLESS["extra_body"])
+    with running(smollm2_uri, store, tmp_path, grace=2) as server, ThreadPoolExecutor(1) as pool:
         processes = server.processes()
+        whole = pool.submit(server.post, endless)
         chunks = iter(server.ask(stream=True, **ENDLESS))
         next(chunks)
+        assert eventually(lambda: server.metric("chat_requests_in_progress") == 2)
         server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIConnectionError):
+        with pytest.raises(openai.APIError, match="The server is stopping"):
             list(chunks)
+        assert is_openai_error(whole.result(), 503)
+        assert "The server is stopping." in whole.result().text
+        assert int(whole.result().headers["retry-after"]) > 0
         assert server.process.wait(30) == 0
         assert left(processes) == []
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_body_that_is_still_coming_when_the_server_is_cut_off_is_a_503(tiny_uri, store, tmp_path):
+    with running(tiny_uri, store, tmp_path, grace=0) as server:
+        with closing(server.connect(b"{", length=100)) as connection:
+            time.sleep(0.5)  # for the head to be read
+            server.process.send_signal(signal.SIGTERM)
+            assert is_openai_error(reply_on(connection), 503)
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_a_killed_server_leaves_no_process(smollm2_uri, store, tmp_path):
@@ -638,6 +862,24 @@ def test_a_model_that_cannot_chat_is_refused_by_name(register_python_model, stor
     assert "models:/echo@champion has no generate and encode_messages" in error
 
 
+def test_a_model_that_fails_to_load_says_why(register_python_model, store, tmp_path):
+    code = tmp_path / "broken.py"
+    code.write_text(
+        "import mlflow\n"
+        "class Broken(mlflow.pyfunc.PythonModel):\n"
+        "    def load_context(self, context): raise mlflow.MlflowException('a file is missing')\n"
+        "    def predict(self, context, model_input: list[str]) -> list[str]: return model_input\n"
+        "mlflow.models.set_model(Broken())\n"
+    )
+    assert "a file is missing" in failed_start(register_python_model("broken", code), store)
+
+
+def test_a_models_version_is_known_however_it_was_asked_for(tiny_uri, store):
+    with connected(store):
+        for uri in (tiny_uri, "models:/slm-onnx/latest", "models:/slm-onnx/1"):
+            assert chat_models.load(uri)[0].full_name == "slm-onnx/1"
+
+
 # ---- the Transformers flavour ----
 
 
@@ -686,9 +928,52 @@ def test_a_pipeline_says_what_it_cannot_do(transformers):
             transformers.ask(**options)
 
 
-def test_one_pipeline_answers_concurrent_callers_in_turn(transformers):
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(
-            pool.map(lambda _: transformers.ask(max_tokens=20).choices[0].message.content, range(4))
-        )
-    assert len(set(answers)) == 1
+def test_a_pipelines_work_stops_with_its_client(transformers):
+    """Abandoned answers count their tokens when they end: far fewer than asked for."""
+    asked = body(model="slm-transformers", messages=COUNT, max_tokens=1000)
+    before = transformers.metric("chat_completion_tokens_total")
+    stream = transformers.ask(COUNT, max_tokens=1000, stream=True)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    with pytest.raises(httpx.ReadTimeout):  # in the queue behind it
+        httpx.post(f"{transformers.url}/v1/chat/completions", json=asked, timeout=0.3)
+    stream.close()
+    transformers.wait_until_idle()
+    assert transformers.ask(max_tokens=3).usage.completion_tokens == 3
+    assert before < transformers.metric("chat_completion_tokens_total") < before + 600
+
+
+@pytest.fixture(scope="module")
+def pipeline(transformers_uri, store):
+    """The served pipeline in this process."""
+    with connected(store):
+        return chat_models.load(transformers_uri)[1]
+
+
+def test_one_pipeline_answers_concurrent_callers_in_turn(pipeline):
+    answers = [pipeline.start(QUESTION, {"max_new_tokens": 20}) for _ in range(4)]
+    for number, answer in enumerate(answers):
+        next(iter(answer))
+        assert all(earlier.finish_reason == "length" for earlier in answers[:number])
+    assert answers[0].completion_tokens == 20
+
+
+def test_a_closed_answer_of_a_pipeline_says_so_whether_it_had_its_turn_or_not(pipeline):
+    answers = [pipeline.start(COUNT, {"max_new_tokens": 1000}) for _ in range(2)]
+    pieces = iter(answers[0])
+    next(pieces)
+    for answer in answers:
+        answer.close()
+    list(pieces)
+    assert list(answers[1]) == [""]
+    assert [answer.finish_reason for answer in answers] == ["closed", "closed"]
+    assert answers[0].completion_tokens < 600
+    assert answers[1].completion_tokens == 0
+
+
+def test_messages_that_the_models_template_refuses_are_the_callers_mistake(pipeline, monkeypatch):
+    refusing = "{{ raise_exception('Conversation roles must alternate.') }}"
+    monkeypatch.setattr(pipeline.tokenizer, "chat_template", refusing)
+    with pytest.raises(
+        ValueError, match=r"template refuses these messages: Conversation roles must alternate\.$"
+    ):
+        pipeline.start(QUESTION, {})

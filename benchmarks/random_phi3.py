@@ -110,7 +110,7 @@ def _tokenizer(geometry: Geometry):
     """tiny-phi3's tokenizer, filled up with words that no text is split into, but that decode."""
     from tokenizers import AddedToken, Tokenizer
 
-    tokenizer = tiny_phi3._tokenizer()
+    tokenizer = tiny_phi3.train_tokenizer()
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     chat = [token for token in described["added_tokens"] if token["content"] in tiny_phi3.CHAT_TOKENS]
     described["added_tokens"] = [token for token in described["added_tokens"] if token not in chat]

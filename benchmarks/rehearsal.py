@@ -5,7 +5,7 @@
 The answers mean nothing; sizes, formats and speeds are those of the real model. Each step runs in a process
 of its own, and one whose result lies in the folder is not run again: what was interrupted is gone on with.
 A small rehearsal comes first: it finds faults in a minute, and shows what does not grow with the model.
-Results are printed and written to benchmarks/results/rehearsal.json.
+Results are printed and written to out/rehearsal.json, or to another folder with --output.
 """
 
 import argparse
@@ -51,11 +51,13 @@ LIBRARIES_BYTES = 1.2e9  # of memory, whatever the model's size
 def needs(geometry: random_phi3.Geometry) -> tuple[float, float]:
     """Bytes of disk and memory that a rehearsal takes at most.
 
-    Disk: checkpoint, logged, and the logged one's temporary copy. Memory: the conversion, with the mapped
-    checkpoint, the result, and the message that it is written from.
+    Disk: the checkpoint with what `log_model` writes of it, the model and a temporary copy; or, later, the
+    checkpoint with one logged in place, the int4 model, and what `log_model` writes of that. Memory: the
+    conversion, with the mapped checkpoint, the result, and the message that it is written from.
     """
-    disk = 3.05 * geometry.checkpoint_bytes + 0.1e9
-    memory = 1.05 * geometry.checkpoint_bytes + 2 * geometry.onnx_bytes + LIBRARIES_BYTES
+    checkpoint, int4 = geometry.checkpoint_bytes, geometry.onnx_bytes
+    disk = 1.01 * (2 * checkpoint + max(checkpoint, 3 * int4)) + 0.1e9
+    memory = 1.05 * checkpoint + 2 * int4 + LIBRARIES_BYTES
     return disk, memory
 
 
@@ -129,7 +131,7 @@ def rehearse(folder: Path, geometry: random_phi3.Geometry) -> dict[str, dict]:
 
 def run(step: str, folder: Path, geometry: random_phi3.Geometry) -> dict:
     """Run one step in a process of its own; SystemExit with the end of its output if it fails."""
-    temporary = folder / "tmp"  # on the same disk as the models, so that files are moved and not copied
+    temporary = folder / "tmp"  # in the folder that is watched, so that temporary copies are counted
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     log, figures = folder / f"{step}.log", temporary / "figures.json"
@@ -224,7 +226,7 @@ def main() -> None:
         "ratios": {name: round(value, 3) for name, value in measured.items()},
         "steps_with_the_tiny_model": small,
     }
-    written = machine.write(str(given.result.resolve().with_suffix("")), result, "onnx", "onnx-ir", "psutil")
+    written = machine.write("rehearsal", result, "onnx", "onnx-ir", "psutil", folder=given.output)
     print(f"\nwritten: {written}")
     if not given.keep:
         for folder in folders.values():
@@ -242,7 +244,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--keep", action="store_true", help="leave the files of the rehearsal there")
     parser.add_argument(
-        "--result", type=Path, default=machine.RESULTS / "rehearsal.json", help="file to write"
+        "--output", type=Path, default=store.ROOT / "out", help="folder of rehearsal.json (default: out)"
     )
     return parser.parse_args()
 

@@ -118,7 +118,7 @@ def pipeline(stage: Stage) -> dict:
 
 
 def transformers_log(stage: Stage) -> dict:
-    """`mlflow.transformers.log_model`, as notebook 01 calls it."""
+    """`mlflow.transformers.log_model`, much as in notebook 01."""
     import mlflow
 
     chatbot = _pipeline(stage)
@@ -172,7 +172,7 @@ def onnx(stage: Stage) -> dict:
 
 
 def onnx_log(stage: Stage) -> dict:
-    """`mlflow.pyfunc.log_model`, as notebook 02 calls it: MLflow loads the model and tries the example."""
+    """`mlflow.pyfunc.log_model`, much as in notebook 02: MLflow loads the model and tries the example."""
     import mlflow
 
     with stage.run("onnx_log"):

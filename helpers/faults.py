@@ -96,24 +96,28 @@ def refuse_if_locked(database: Path) -> None:
 def _close_abandoned(experiment: str, mine: bool = False) -> None:
     """End the runs whose process has gone (or is this one), and drop model files they left half-written.
 
-    MLflow cannot end the run of a process that was killed, nor one whose disk or server was gone by then; a
-    model whose logging broke off stays pending, with what had been copied of it (3.17).
+    MLflow cannot end the run of a process that was killed, nor one whose disk or server was gone by then. A
+    model whose logging was killed or interrupted stays pending, with what had been copied of it (3.17).
     """
-    from mlflow import MlflowClient
+    import mlflow
     from mlflow.utils.file_utils import local_file_uri_to_path
 
-    client = MlflowClient()
-    running = f"attributes.status = 'RUNNING' and tags.{OWNER} LIKE '{_machine()}:%'"
+    client, here = mlflow.MlflowClient(), f"tags.{OWNER} LIKE '{_machine()}:%'"
     abandoned = [
         run
-        for run in client.search_runs([experiment], running)
+        for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and {here}")
         if (mine and run.data.tags[OWNER] == this_process()) or _owner_is_gone(run)
     ]
-    half_made = [
+    models = mlflow.search_logged_models([experiment], output_format="list")
+    pending = [model for model in models if model.status == "PENDING"]
+    sources = ", ".join(f"'{model.source_run_id}'" for model in pending)
+    runs = client.search_runs([experiment], f"attributes.run_id IN ({sources}) and {here}") if pending else []
+    over = {run.info.run_id for run in runs if run.info.status != "RUNNING"}
+    over |= {run.info.run_id for run in abandoned}
+    half_made = [  # asked again: a run may have ended well since
         model
-        for run in abandoned
-        for model in client.search_logged_models([experiment], f"source_run_id = '{run.info.run_id}'")
-        if model.status == "PENDING"
+        for model in pending
+        if model.source_run_id in over and client.get_logged_model(model.model_id).status == "PENDING"
     ]
     for model in half_made:  # first: on a full disk nothing can be noted before some is free
         if model.artifact_location.startswith("file:"):

@@ -74,6 +74,7 @@ class Model:
         system_message: put before every question; None leaves it to the model's own chat template.
         dtype: type of the checkpoint's numbers; None means as published.
         published: precision → ready-made ONNX folder; what is not listed is exported from the checkpoint.
+        published_disk: bytes of the published folders on disk, which notebook 02 fetches instead.
     """
 
     key: str
@@ -84,11 +85,19 @@ class Model:
     system_message: str | None = None
     dtype: str | None = None
     published: Mapping[str, Hub] = field(default_factory=lambda: MappingProxyType({}))
+    published_disk: int | None = None
 
     def __str__(self) -> str:
-        needs = {"on disk": self.disk, "of memory": self.memory}
+        needs = {"on disk": self.disk, "in ONNX": self.published_disk, "of memory": self.memory}
         known = [f"{size / 1e6:,.0f} MB {place}" for place, size in needs.items() if size]
         return ", ".join([f"{self.key} from {self.origin}", f"licence: {self.licence}", *known])
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that it is offered in as ONNX: what its makers chose, or all; none if it is ONNX already."""
+        if isinstance(self.origin, Folder) and self.origin.is_onnx:
+            return ()
+        return tuple(self.published) or PRECISIONS
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """The chat that asks `question`, led by the model's system message if it has one."""
@@ -129,16 +138,17 @@ CATALOGUE: Mapping[str, Model] = MappingProxyType(
                 dtype="bfloat16",
                 published=MappingProxyType(
                     {
-                        # 2.7 GB; round to nearest, blocks of 32. No commit is known for certain, so the one
-                        # found is recorded when it is fetched. The layout of 2024 (a file name of its own,
-                        # the chat template in tokenizer_config.json, no sliding window in genai_config.json)
+                        # Round to nearest, blocks of 32. Its layout of 2024 (a file name of its own, the
+                        # chat template in tokenizer_config.json, no sliding window in genai_config.json)
                         # loads with onnxruntime-genai 0.18 as it is: tests/models/published.py has its keys.
                         "int4": Hub(
                             "microsoft/Phi-3-mini-4k-instruct-onnx",
+                            "5f5f794c1c23c9d5ee142af85df02a6cc52d6945",
                             folder="cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4",
                         )
                     }
                 ),
+                published_disk=2_720_000_000,  # of an int4 export at its true size, measured
             ),
             Model(
                 key="tiny-phi3",
@@ -173,6 +183,14 @@ def find(name: str) -> Model:
         f"model={name!r} is not one of {', '.join(CATALOGUE)}, nor a folder, nor a Hub id like org/name. "
         "Set it with -p model smollm2-135m."
     )
+
+
+def check_precision(name: object) -> None:
+    """Raise ValueError unless `name` is a precision that models are exported in."""
+    if name not in PRECISIONS:
+        raise ValueError(
+            f"precision={name!r} is not one of {', '.join(PRECISIONS)}. Set it with -p precision int4."
+        )
 
 
 def _local(name: str, path: Path) -> Model:

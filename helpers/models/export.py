@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from helpers.models import guard, store
-from helpers.models.catalog import PRECISIONS, Folder, Model
+from helpers.models.catalog import Folder, Model, check_precision
 from helpers.models.fetch import ONNX_FILES, checkpoint, hub_folder, recipe, source
 from helpers.models.store import ModelUnavailable, Progress, weights_dir
 
@@ -42,10 +42,7 @@ def onnx_folder(model: Model, precision: str, offline: bool = False) -> Path:
         ValueError: if the precision is none of those.
         ModelUnavailable: if the files are not there and cannot be had, or if some are damaged.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision={precision!r} is not one of {', '.join(PRECISIONS)}. Set it with -p precision int4."
-        )
+    check_precision(precision)
     if isinstance(model.origin, Folder) and model.origin.is_onnx:
         return guard.check_onnx(model.origin.path)
     folder = _onnx_folder(model, precision, offline)

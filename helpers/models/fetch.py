@@ -44,7 +44,7 @@ def checkpoint(model: Model, offline: bool = False) -> Path:
         ModelUnavailable: if the files are not there and cannot be had, or if some are damaged.
     """
     if isinstance(model.origin, Folder):
-        return guard.check_checkpoint(_own_checkpoint(model.origin))
+        return guard.check_checkpoint(model.origin.path)
     folder = _checkpoint(model, offline)
     if offline:
         verify(folder)
@@ -64,9 +64,7 @@ def _checkpoint(model: Model, offline: bool) -> Path:
             label=model.key,
         )
     if offline:
-        _refuse_if_missing(
-            folder, model, recipe(model), ("config.json", "model.safetensors", "tokenizer.json")
-        )
+        _refuse_if_missing(folder, model, recipe(model))
     return store.make(
         folder,
         recipe(model),
@@ -103,7 +101,7 @@ def hub_folder(folder: Path, model: Model, origin: Hub, patterns: tuple[str, ...
         ModelUnavailable: if the files are not there and cannot be had.
     """
     if offline:
-        _refuse_if_missing(folder, model, asdict(origin), patterns)
+        _refuse_if_missing(folder, model, asdict(origin))
     return store.make(
         folder,
         asdict(origin),
@@ -138,19 +136,10 @@ def recipe(model: Model) -> dict:
     return asdict(origin) | ({"dtype": model.dtype} if isinstance(origin, Wheel) else {})
 
 
-def _own_checkpoint(origin: Folder) -> Path:
-    if not (origin.path / "config.json").is_file() or not any(origin.path.glob("*.safetensors")):
-        raise ModelUnavailable(
-            f"{origin.path} is not a Transformers checkpoint: it needs config.json and *.safetensors "
-            "(pickled weights are not read). Name another folder."
-        )
-    return origin.path
-
-
-def _refuse_if_missing(folder: Path, model: Model, recipe: dict, files: tuple[str, ...]) -> None:
+def _refuse_if_missing(folder: Path, model: Model, recipe: dict) -> None:
     if not store.is_complete(folder, recipe):
         raise ModelUnavailable(
-            f"offline=True, and {folder} lacks {', '.join(files)}. Run `python -m helpers fetch {model.key}` "
+            f"offline=True, and {folder} is not complete. Run `python -m helpers fetch {model.key}` "
             "once with a network, or copy the folder from a machine that has it."
         )
 

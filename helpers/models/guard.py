@@ -9,6 +9,7 @@ from pathlib import Path
 
 from helpers.models.store import ModelUnavailable
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What a genai_config.json made elsewhere may set; threads and provider are the wrapper's choice anyway.
 SESSION_OPTIONS = (
     *("log_id", "log_severity_level", "log_verbosity_level", "provider_options", "graph_optimization_level"),
@@ -20,9 +21,22 @@ SESSION_OPTIONS = (
 def check_checkpoint(folder: Path) -> Path:
     """The folder, if transformers reads only its own safetensors and needs no code that came with it.
 
+    transformers 5.23 takes model.safetensors, or its index; without both it takes pytorch_model.bin, a
+    pickle, whatever other safetensors lie there. The setting transformers_weights names yet another file.
+
     Raises:
         ModelUnavailable: naming what it would have read or run.
     """
+    if not ((folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS)):
+        raise ModelUnavailable(
+            f"{folder} is not a Transformers checkpoint: it needs config.json and {' or '.join(WEIGHTS)} "
+            "(pickled weights are not read). Choose another model."
+        )
+    if name := _read(folder / "config.json").get("transformers_weights"):
+        raise ModelUnavailable(
+            f"config.json in {folder} sets transformers_weights to {name!r}, and only {' or '.join(WEIGHTS)} "
+            "is read. Remove it from the file if the model is your own; otherwise choose another model."
+        )
     for index in folder.glob("*.safetensors.index.json"):
         shards = set(_read(index).get("weight_map", {}).values())
         if wrong := [name for name in shards if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
@@ -74,11 +88,21 @@ def check_onnx(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict:
+    """A JSON object; a key that comes twice is refused, as other readers would see what is hidden here."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
     except ValueError as error:
         raise ModelUnavailable(f"{path} is not JSON ({error}). Fetch or copy it again.") from None
     return content if isinstance(content, dict) else {}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} comes twice in one object")
+    return content
 
 
 def _settings(node: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -7,6 +7,7 @@ A download goes on where it was stopped, in this process or another. huggingface
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,10 +67,10 @@ def _listing(hub: Hub, patterns: tuple[str, ...]) -> tuple[str, list]:
     info = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True)
     guard.check_listing(hub.repo, [file.rfilename for file in info.siblings])
     files = sorted((file for file in info.siblings if wanted(file.rfilename)), key=lambda file: file.size)
-    if not any(file.rfilename.endswith((".safetensors", ".onnx")) for file in files):
+    if not any(file.rfilename in guard.WEIGHTS or file.rfilename.endswith(".onnx") for file in files):
         raise ModelUnavailable(
-            f"{hub.repo} at {hub.revision} holds neither *.safetensors nor the ONNX folder asked for, "
-            "and nothing else is loaded. Choose another model."
+            f"{hub.repo} at {hub.revision} holds neither {' nor '.join(guard.WEIGHTS)} nor the ONNX folder "
+            "asked for, and nothing else is loaded. Choose another model."
         )
     return info.sha, files
 
@@ -129,8 +130,18 @@ class _Count:
 
 
 def _checksum(file) -> str:
-    """What the Hub lists: sha256 for large files, git's own sha1 for others."""
-    return file.lfs.sha256 if file.lfs else file.blob_id
+    """What the Hub lists: sha256 for large files, git's own sha1 for others. It also names the file's part.
+
+    Raises:
+        ModelUnavailable: if it is anything else, say a path.
+    """
+    checksum, digits = (file.lfs.sha256, 64) if file.lfs else (file.blob_id, 40)
+    if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", str(checksum)):
+        raise ModelUnavailable(
+            f"The Hub lists {checksum!r} as the checksum of {file.rfilename}, and that is none. "
+            "Nothing was fetched. Choose another model."
+        )
+    return checksum
 
 
 def _matches(path: Path, file) -> bool:
@@ -153,12 +164,17 @@ def _hub_sentence(error: Exception, repo: str, revision: str) -> str:
         return (
             f"HF_HUB_OFFLINE is set and {repo} is not here yet. Unset it, or copy the folder from elsewhere."
         )
-    if isinstance(error, errors.GatedRepoError) or status == 403:
+    if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and set HF_TOKEN."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}. Name a commit, tag or branch that it has: {repo}@main."
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"The Hub has no model {repo}, or it is private. Check the name, or set HF_TOKEN."
+    if status == 401 and "Invalid credentials" in error.response.headers.get("X-Error-Message", ""):
+        return (
+            "The Hub refuses your token, in HF_TOKEN or of `hf auth login`: it is wrong or has expired. Make "
+            "another at https://huggingface.co/settings/tokens, or use none: public models need none."
+        )
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
         when = f"in {wait} s" if wait.isdigit() else "later"  # it may also be a date

@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
@@ -190,6 +192,8 @@ class Progress:
 
     def start(self, doing: str, total: int | None = None) -> None:
         """Begin a stage, counted in bytes if `total` is given, in seconds else; advance it with `advance`."""
+        from tqdm import tqdm  # here: `make doctor` reads this module before there are packages
+
         self._close()
         self.total = total
         counted = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}B, {rate_fmt}"

@@ -56,13 +56,13 @@ def build(folder: Path | str, seed: int = SEED) -> None:
 
     The same seed gives the same bytes on the same versions of torch and tokenizers.
     """
-    tokenizer = _tokenizer()
+    tokenizer = train_tokenizer()
     model = _model(tokenizer, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer():
+def train_tokenizer():
     """Train a byte-fallback BPE like Phi-3's (which is Llama's) and add Phi-3's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -16,13 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c0ffee" + "0" * 34
 
-# What the Hub says beside the status, by which huggingface_hub tells the cases apart.
+# Status, and what the Hub says beside it, by which huggingface_hub tells the cases apart.
 REFUSALS = {
-    401: {"X-Error-Code": "RepoNotFound"},
-    403: {"X-Error-Code": "GatedRepo"},
-    404: {"X-Error-Code": "RepoNotFound"},
-    429: {"Retry-After": "1"},
-    "gated": {"X-Error-Code": "GatedRepo"},  # with 401: no token was sent
+    401: (401, {"X-Error-Code": "RepoNotFound"}),
+    403: (403, {"X-Error-Code": "GatedRepo"}),
+    404: (404, {"X-Error-Code": "RepoNotFound"}),
+    429: (429, {"Retry-After": "3"}),  # of itself huggingface_hub waits one second
+    500: (500, {}),
+    "no token": (401, {"X-Error-Code": "GatedRepo"}),
+    "wrong token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+    "proxy": (403, {}),  # not the Hub's word
 }
 
 
@@ -31,12 +34,13 @@ class LocalHub:
 
     Attributes:
         commits: repository → its one commit; `COMMIT` where none is named.
-        status: repository or file name → HTTP status (or "gated") that every request for it is answered with.
-        busy: file name → number of requests that are answered with 429 and Retry-After: 1.
+        status: repository or file name → which of REFUSALS every request for it is answered with.
+        busy: file name → number of requests that are answered with 429 and its Retry-After.
         cut: names of files whose next download ends half-way.
         changed: names of files that are sent with one byte changed.
         short: names of files of which the first half is sent as if it were the whole.
         claimed: file name → bytes that the listing says it has.
+        checksums: file name → what the listing gives as its checksum.
         slow: names of files that stall half-way until the server ends.
         fetched: paths of the files sent, in order, with the first byte asked for.
         asked: (seconds, repository, path in it) of all requests for files, refused ones too.
@@ -53,8 +57,8 @@ class LocalHub:
         self.changed: set[str] = set()
         self.short: set[str] = set()
         self.claimed: dict[str, int] = {}
+        self.checksums: dict[str, str] = {}
         self.slow: set[str] = set()
-        self.stalled = threading.Event()
         self.ended = threading.Event()
         self.fetched: list[tuple[str, int]] = []
         self.asked: list[tuple[float, str, str]] = []
@@ -112,15 +116,19 @@ class _Handler(BaseHTTPRequestHandler):
         return answer()
 
     def _refuse(self, status: int | str) -> None:
-        self._reply(401 if status == "gated" else status, headers=REFUSALS.get(status, {}))
+        number, headers = REFUSALS[status]
+        self._reply(number, headers=headers)
 
     def _info(self, repo: str) -> None:
         siblings = []
         for path, content in self.hub.repositories[repo].items():
-            size = self.hub.claimed.get(path.rpartition("/")[2], len(content))
-            entry = {"rfilename": path, "size": size, "blobId": _blob_id(content)}
+            name = path.rpartition("/")[2]
+            size = self.hub.claimed.get(name, len(content))
+            entry = {"rfilename": path, "size": size}
+            entry["blobId"] = self.hub.checksums.get(name, _blob_id(content))
             if _is_large(path):
-                entry["lfs"] = {"sha256": _sha256(content), "size": size, "pointerSize": 134}
+                sha256 = self.hub.checksums.get(name, _sha256(content))
+                entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
             siblings.append(entry)
         answer = {"id": repo, "sha": self.hub.commits.get(repo, COMMIT), "siblings": siblings}
         self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
@@ -161,7 +169,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2])
         self.wfile.flush()
         if name in self.hub.slow:
-            self.hub.stalled.set()
             self.hub.ended.wait(60)
         self.hub.cut.discard(name)
         time.sleep(0.1)

@@ -1,8 +1,8 @@
 """Phi-3-mini's two repositories as Microsoft laid them out in 2024, at toy size and with random weights.
 
-File names, the keys of every configuration and the external data of the graph are those of
-microsoft/Phi-3-mini-4k-instruct and microsoft/Phi-3-mini-4k-instruct-onnx; numbers that follow from the size
-are tiny-phi3's.
+File names, the keys of every configuration, the merges of the tokenizer as text and the external data of the
+graph are those of microsoft/Phi-3-mini-4k-instruct and microsoft/Phi-3-mini-4k-instruct-onnx; numbers that
+follow from the size are tiny-phi3's. The graph is of today's builder: the one of 2024 could not be tried.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ CHECKPOINT = catalog.CATALOGUE["phi-3-mini"].origin
 ONNX = catalog.CATALOGUE["phi-3-mini"].published["int4"]
 ONNX_NAME = "phi3-mini-4k-instruct-cpu-int4-rtn-block-32-acc-level-4.onnx"
 CODE = b"raise SystemExit('code of a model repository was run')\n"
-ONNX_COMMIT = "0" * 39 + "1"
-COMMITS = {CHECKPOINT.repo: CHECKPOINT.revision, ONNX.repo: ONNX_COMMIT}
+COMMITS = {CHECKPOINT.repo: CHECKPOINT.revision, ONNX.repo: ONNX.revision}
 
 
 def checkpoint(tiny: Path) -> dict[str, bytes]:
@@ -128,8 +127,9 @@ def genai_config(facts: dict) -> dict:
 
 def tokenizer(tiny: Path) -> dict[str, bytes]:
     """The tokenizer's files of 2024: the chat template inside tokenizer_config.json, a LlamaTokenizer."""
-    content = (tiny / "tokenizer.json").read_bytes()
-    added = json.loads(content)["added_tokens"]
+    content = json.loads((tiny / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]  # now they are pairs
+    added = content["added_tokens"]
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     special = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     special |= {"unk_token": "<unk>"}
@@ -148,7 +148,7 @@ def tokenizer(tiny: Path) -> dict[str, bytes]:
         **special,
     }
     return {
-        "tokenizer.json": content,
+        "tokenizer.json": as_json(content),
         "tokenizer.model": b"sentencepiece's form of tokenizer.json, which nothing here reads",
         "tokenizer_config.json": as_json(config),
         "special_tokens_map.json": as_json(special),

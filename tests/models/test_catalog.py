@@ -47,6 +47,21 @@ def test_a_hub_id_may_name_a_revision(name: str, repo: str, revision: str):
     assert "/" not in model.key
 
 
+def test_a_model_is_offered_in_all_precisions_unless_its_makers_or_readers_chose(tmp_path: Path):
+    for name in ("smollm2-135m", "org/name"):
+        assert catalog.find(name).precisions == catalog.PRECISIONS
+    assert catalog.find("phi-3-mini").precisions == ("int4",)
+    (tmp_path / "config.json").write_text("{}")
+    assert catalog.find(str(tmp_path)).precisions == catalog.PRECISIONS
+    (tmp_path / "genai_config.json").write_text("{}")
+    assert catalog.find(str(tmp_path)).precisions == ()
+
+
+def test_a_model_says_what_its_checkpoint_and_its_published_folder_take():
+    assert str(catalog.find("phi-3-mini")).endswith("7,645 MB on disk, 2,720 MB in ONNX, 8,700 MB of memory")
+    assert str(catalog.find("smollm2-135m")).endswith("542 MB on disk, 1,000 MB of memory")
+
+
 def test_a_folder_is_a_model_if_it_holds_one(tmp_path: Path):
     with pytest.raises(ValueError, match=r"neither config\.json .* nor genai_config\.json"):
         catalog.find(str(tmp_path))

@@ -190,7 +190,7 @@ def test_offline_names_what_is_missing_and_touches_no_network(weights: Path, mon
         raise AssertionError("a connection was tried")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    with pytest.raises(fetch.ModelUnavailable, match=r"offline=True.* lacks .*safetensors.*helpers fetch"):
+    with pytest.raises(fetch.ModelUnavailable, match=r"offline=True.* is not complete.*helpers fetch"):
         fetch.checkpoint(catalog.find(name), offline=True)
     assert not weights.exists()
 
@@ -293,8 +293,10 @@ def test_a_local_checkpoint_is_used_where_it_lies(tiny_phi3_checkpoint: Path):
 def test_pickled_weights_are_not_read(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(fetch.ModelUnavailable, match=r"needs config\.json and \*\.safetensors"):
-        fetch.checkpoint(catalog.find(str(tmp_path)))
+    for beside in ("nothing", "other.safetensors"):  # which transformers would pass over
+        (tmp_path / beside).write_bytes(b"")
+        with pytest.raises(fetch.ModelUnavailable, match=r"needs config\.json and model\.safetensors or"):
+            fetch.checkpoint(catalog.find(str(tmp_path)))
 
 
 def test_the_source_of_a_model_is_known(tiny_phi3_checkpoint: Path, tmp_path: Path):

@@ -81,6 +81,22 @@ def test_an_index_that_names_pickles_or_files_elsewhere_is_refused(tmp_path, tin
             fetch.checkpoint(catalog.find(str(folder)))
 
 
+def test_weights_beside_which_transformers_would_read_a_pickle_are_refused(tmp_path, tiny_phi3_checkpoint):
+    folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "renamed")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(store.ModelUnavailable, match=r"needs config\.json and model\.safetensors or model\."):
+        fetch.checkpoint(catalog.find(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors"])
+def test_a_configuration_that_names_another_file_of_weights_is_refused(tmp_path, tiny_phi3_checkpoint, name):
+    folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "named")
+    change(folder / "config.json", transformers_weights=name)
+    with pytest.raises(store.ModelUnavailable, match=f"sets transformers_weights to '{name}', and only"):
+        fetch.checkpoint(catalog.find(str(folder)))
+
+
 # ONNX folders
 
 
@@ -115,6 +131,19 @@ def test_an_onnx_folder_whose_settings_write_files_or_load_libraries_is_refused(
     configure(onnx, session={option: str(tmp_path / "written")})
     with pytest.raises(store.ModelUnavailable, match=f"sets session_options.{option} to"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
+
+
+def test_a_setting_that_another_of_its_name_hides_is_refused(onnx, tmp_path):
+    """Python's reader keeps the last of two, onnxruntime-genai's takes both."""
+    config, written = onnx / "genai_config.json", tmp_path / "written.onnx"
+    hidden = json.dumps({"session.optimized_model_filepath": str(written)})
+    config.write_text(
+        config.read_text().replace('"session_options"', f'"session_options": {hidden}, "session_options"', 1)
+    )
+    with pytest.raises(store.ModelUnavailable, match="'session_options' comes twice in one object"):
+        export.onnx_folder(catalog.find(str(onnx)), "fp32")
+    og.Model(str(onnx))  # without that check; if this writes no more, the check may go
+    assert written.exists()
 
 
 def test_without_that_check_such_a_setting_would_write_anywhere(onnx, tmp_path):
@@ -193,13 +222,30 @@ def test_a_hub_repository_that_lists_files_outside_of_its_folder_is_refused(tmp_
         name: b"evil",
     }
     monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "a" / "b" / "weights"))
-    with LocalHub({published.repo: files}).serve() as hub:
+    with LocalHub({published.repo: files}, {published.repo: published.revision}).serve() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(store.ModelUnavailable, match="would be written outside of its folder"):
             export.onnx_folder(catalog.find("phi-3-mini"), "int4")
     assert not hub.fetched
     assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("large", [True, False])  # listed with a sha256, or a sha1
+def test_a_hub_repository_whose_checksum_is_a_path_is_refused(tmp_path, monkeypatch, large):
+    """Half-fetched files are named by their checksums: this one would be opened and deleted."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "weights"))
+    files = {"model.safetensors": b"numbers", "config.json": b"{}"}
+    with LocalHub({"org/name": files}).serve() as hub:
+        hub.checksums["model.safetensors" if large else "config.json"] = str(victim)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises(store.ModelUnavailable, match=f"lists '{victim}' as the checksum of .* is none"):
+            fetch.checkpoint(catalog.find("org/name"))
+        assert hub.fetched == []
+    assert victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "cpu/model.onnx", "..model", "a..b/c", "LICENSE"])

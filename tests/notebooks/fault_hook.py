@@ -32,9 +32,10 @@ def _watch(frame, event, argument):
 
 def _strike():
     children = [process.pid for process in psutil.Process().children(recursive=True)]
-    files = os.listdir(tempfile.gettempdir())
+    temporary = tempfile.gettempdir()
+    seen = {"children": children, "temporary": temporary, "files": os.listdir(temporary)}
     note = Path(os.environ["FAULT_NOTE"])
-    note.with_suffix(".new").write_text(json.dumps({"children": children, "files": files}))
+    note.with_suffix(".new").write_text(json.dumps(seen))
     note.with_suffix(".new").rename(note)
     exec(os.environ["FAULT_DEED"], globals())  # noqa: S102 (the test's own code)
 

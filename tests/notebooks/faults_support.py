@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,8 @@ class Fault:
 class Ended:
     """What a run left: exit code, output, what the kernel had when the fault struck, and what is left of it.
 
-    `struck` is empty if the fault did not strike; else it has `children` (process ids) and `files` (names of
-    temporary ones). `processes` and `files` are those still there after the command ended.
+    `struck` is empty if the fault did not strike; else it has `children` (process ids), `temporary` (a
+    folder) and `files` (names in it). `processes` and `files` are those still there after the command ended.
     """
 
     code: int
@@ -93,7 +94,14 @@ class HeadlessRun:
         # fmt: on
         self.logs = [folder / "stdout.txt", folder / "stderr.txt"]
         with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
-            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under `pytest &`
+            )
 
     def wait_until_struck(self, seconds: float = 600) -> None:
         """Return when the fault has struck."""
@@ -116,7 +124,7 @@ class HeadlessRun:
             error=error.strip().splitlines()[-1] if error.strip() else "",  # papermill's bar stands before it
             struck=json.loads(self.note.read_text()) if self.note.exists() else {},
             processes=self._left_processes(),
-            files=sorted(path.name for path in self.temporary.iterdir()),
+            files=sorted(path.name for path in [*self.temporary.iterdir(), *self.output.glob(".*.tmp-*")]),
         )
         if not keep_temporary:
             shutil.rmtree(self.temporary)

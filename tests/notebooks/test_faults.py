@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +25,21 @@ from faults_support import Ended, Fault, HeadlessRun
 from helpers import tracking
 from helpers.models import store as model_store
 from helpers.serving import background, mlflow_server
+from helpers.workshop import notebooks
 
 NO_SERVER = ("-p", "serve", "False")
 PAUSE = "import time; time.sleep(60)"
 STAGES = {
     ("01", "fetched"): Fault("fetch.checkpoint(", "from_pretrained"),
     ("01", "logging"): Fault("transformers.log_model(", "log_artifacts"),
+    ("01", "loading back"): Fault("loaded = mlflow.pyfunc.load_model(", "load_model"),
     ("01", "comparing runs"): Fault("length-study", "log_metrics"),
     ("01", "registering"): Fault("register_model(", "set_registered_model_alias"),
     ("01", "serving"): Fault("mlflow_server.serve(", "post"),
     ("01", "tracing"): Fault("@mlflow.trace", "update_current_trace"),
     ("02", "exported"): Fault("export.onnx_folder(chosen, precision", "is_complete"),
     ("02", "logging"): Fault("custom-python-wrapper", "finalize_logged_model"),
+    ("02", "streaming"): Fault("predict_stream({", "predict_stream"),
     ("02", "registering"): Fault("client.set_registered_model_alias", "set_registered_model_alias"),
     ("02", "evaluating"): Fault("evaluation.compare(", "score"),
     ("02", "promoting"): Fault("evaluation.promote(table, winner", "set_registered_model_alias"),
@@ -44,14 +49,31 @@ STAGES = {
 
 
 def killed_everywhere(number: str, folder: Path) -> dict[str, Ended]:
-    """One kill in every stage, all in one store, and then a run without one ("afterwards")."""
-    place = f"sqlite:///{folder}/mlflow.db"
+    """One kill in every stage, all in one store, and then a run without one ("afterwards").
+
+    Of tiny-phi3 there is all but what notebook 02 converts first.
+    """
+    place, weights = f"sqlite:///{folder}/mlflow.db", folder / "weights"
+    missing = shutil.ignore_patterns("onnx-int4", ".*")
+    shutil.copytree(model_store.weights_dir() / "tiny-phi3", weights / "tiny-phi3", ignore=missing)
     ended = {}
+
+    def run(stage: str, *serve: str, fault: Fault | None = None) -> HeadlessRun:
+        given = {"store": place, "fault": fault, "WEIGHTS_DIR": str(weights)}
+        return HeadlessRun(folder / stage, number, *serve, **given)
+
+    if number == "02":  # the command itself converts, before there is a kernel
+        converting = run("converting", *NO_SERVER)
+        while not list(weights.glob("tiny-phi3/.onnx-int4.*-try/log.txt")):
+            assert converting.process.poll() is None
+            time.sleep(0.02)
+        converting.process.kill()
+        ended["converting"] = converting.end()
     for (notebook, stage), fault in STAGES.items():
         if notebook == number:
             serve = () if stage.startswith("serving") else NO_SERVER
-            ended[stage] = HeadlessRun(folder / stage, number, *serve, store=place, fault=fault).end()
-    ended["afterwards"] = HeadlessRun(folder / "afterwards", number, *NO_SERVER, store=place).end()
+            ended[stage] = run(stage, *serve, fault=fault).end()
+    ended["afterwards"] = run("afterwards", *NO_SERVER).end()
     return ended
 
 
@@ -63,7 +85,7 @@ def two_at_once(folder: Path) -> list[Ended]:
 
 def stopped(folder: Path) -> dict[str, Ended]:
     """The command is killed, interrupted and terminated while a run is open, and a cell raises in one."""
-    place = f"sqlite:///{folder}/mlflow.db"
+    place, output = f"sqlite:///{folder}/mlflow.db", folder / "out"
     log_model, ended, temporary = "transformers.log_model(", {}, None
     for name, number in {
         "killed": signal.SIGKILL,
@@ -71,7 +93,8 @@ def stopped(folder: Path) -> dict[str, Ended]:
         "terminated": signal.SIGTERM,
     }.items():
         pause = Fault(log_model, "log_artifacts", PAUSE)
-        run = HeadlessRun(folder / name, "01", *NO_SERVER, store=place, fault=pause, temporary=temporary)
+        places = {"store": place, "output": output, "temporary": temporary}
+        run = HeadlessRun(folder / name, "01", *NO_SERVER, fault=pause, **places)
         run.wait_until_struck()
         run.process.send_signal(number)
         ended[name] = run.end(keep_temporary=name == "killed")
@@ -224,6 +247,7 @@ def test_a_kernel_killed_in_any_stage_is_told_and_leaves_no_process_and_no_tempo
     assert "Run it again" in ended.error
     if stage.startswith("serving"):
         assert ended.struck["children"]  # the server was up
+    assert Path(ended.struck["temporary"]).parent.name == "out"  # on the output's disk, not in memory
     counts = {
         "processes before": 1 + len(ended.struck["children"]),
         "processes after": len(ended.processes),
@@ -268,6 +292,15 @@ def test_what_a_killed_kernel_had_written_of_a_model_is_dropped(scene):
             assert (artifacts / "MLmodel").exists() == (model.status == "READY")
 
 
+def test_a_conversion_that_was_killed_leaves_no_process_and_the_next_run_makes_it_anew(scene):
+    folder, ended = scene("killed 02")
+    assert ended["converting"].code == -signal.SIGKILL
+    assert ended["converting"].processes == []
+    names = {path.name for path in (folder / "weights" / "tiny-phi3").iterdir()}
+    assert "onnx-int4" in names
+    assert not [name for name in names if name.endswith("-try")]
+
+
 @pytest.mark.parametrize(
     ("how", "code", "sentence"),
     [
@@ -285,14 +318,42 @@ def test_a_run_is_failed_after_an_interrupt_or_an_exception(how, code, sentence,
         *["transformer-pipeline FAILED"] * 3,
         "transformer-pipeline KILLED",
     ]
+    with reader(folder) as client:
+        experiment = client.get_experiment_by_name("faults").experiment_id
+        models = client.search_logged_models([experiment])
+        assert [model.status for model in models] == ["FAILED"] * 4  # none is left PENDING
 
 
 def test_a_killed_command_leaves_no_process_and_the_next_one_removes_its_temporary_files(scene):
     _, ended = scene("stopped")
     assert ended["killed"].code == -signal.SIGKILL
     assert ended["killed"].processes == []
-    assert len(ended["killed"].files) == 1
-    assert ended["interrupted"].files == []  # it had the same temporary folder
+    assert len(ended["killed"].files) == 2  # the sockets' folder, and what the kernel wrote
+    assert ended["interrupted"].files == []  # it had the same folders
+
+
+GONE = 2**22 + 1  # above every process's number
+
+
+def test_only_the_sockets_of_killed_runs_are_removed_and_not_what_others_call_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{notebooks.SOCKETS}{GONE}-a"
+    kept = {f"{notebooks.SOCKETS}{os.getpid()}-b", f"kernel-{GONE}-c"}
+    for name in (left.name, *kept):
+        (tmp_path / name).mkdir()
+    with notebooks._private_kernel():
+        assert not left.exists()
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root can make another user's folder")
+def test_another_users_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    theirs = tmp_path / f"{notebooks.SOCKETS}{GONE}-a"
+    theirs.mkdir()
+    os.chown(theirs, 65534, -1)
+    with notebooks._private_kernel():
+        assert theirs.exists()
 
 
 @pytest.mark.skipif(

@@ -1,8 +1,13 @@
 """Both notebooks run headless with other parameters, from any folder, and say clearly what is wrong."""
 
 import ast
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import mlflow
@@ -111,9 +116,10 @@ def test_the_command_line_runs_both_and_leaves_notebooks_pages_and_candidates(fi
         (["-p", "max_new_tokens", "0"], "max_new_tokens=0 is not a whole number from 1"),
         (["-p", "offline", "maybe"], "offline='maybe' is not true or false"),
         (["-p", "precision", "int5"], "precision='int5' is not one of fp32, int8, int4"),
-        (["-p", "model", "phi-33"], "phi-33"),
+        (["-p", "model", "phi-33"], "model='phi-33' is not one of smollm2-135m, phi-3-mini"),
         (["01", "-p", "precision", "int4"], "'precision' is not a parameter of 01_TransformerPipeline.ipynb"),
         (["-p", "tracking_uri", "http://127.0.0.1:9"], "does not answer"),
+        (["-p", "tracking_uri", "postgresql://me@127.0.0.1:9/mlflow"], "cannot be opened (connection to"),
         (["-p", "tracking_uri", "postgresql://me:hunter2@db/mlflow"], "Set the environment variable"),
     ],
 )
@@ -122,8 +128,53 @@ def test_a_bad_parameter_ends_before_any_work_with_exit_code_2(given, sentence, 
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
+    assert result.stderr.count("Set it with") <= 1
     assert "hunter2" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_fetching_shows_a_bar_in_the_terminal_and_an_interrupt_ends_it(tmp_path):
+    command = [sys.executable, "-m", "helpers", "run", "01", "-p", "model", "tiny-phi3"]
+    given = ["-p", "tracking_uri", f"sqlite:///{tmp_path}/mlflow.db", "--output", str(tmp_path / "out")]
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    own = os.environ | {"WEIGHTS_DIR": str(tmp_path / "weights")}
+    process = subprocess.Popen([*command, *given], env=own, stdout=end, stderr=end, cwd=tmp_path)
+    os.close(end)
+    shown = ""
+    while "ready in" not in shown:
+        shown += os.read(terminal, 1000).decode()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    os.close(terminal)
+    assert re.search(r"tiny-phi3: building … 00:0\d", shown)
+    assert re.search(r"tiny-phi3: 0\.6 MB, ready in \d+ s", shown)
+
+
+def test_files_that_cannot_be_had_stop_it_before_the_notebook_with_the_reason(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "01_TransformerPipeline.ipynb").write_text("of an earlier run")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    given = ("-p", "model", "./mine", "-p", "tracking_uri", store, "--output", "out")
+    result = helpers("run", "01", *given, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        f"error: 01_TransformerPipeline.ipynb was not started: ModelUnavailable: {tmp_path}/mine is not"
+    )
+    assert result.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").glob("0*"))
+
+
+def test_a_folder_is_looked_for_where_the_reader_stands_and_found_by_the_kernel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", "config.json").write_text("{}")
+    for values in notebooks.select([], {"model": "./mine"}).values():
+        assert values == {"model": str(tmp_path / "mine")}
+    for values in notebooks.select([], {"model": "tiny-phi3"}).values():
+        assert values == {"model": "tiny-phi3"}
 
 
 def test_papermill_itself_shows_the_same_sentence(tmp_path):

@@ -6,9 +6,15 @@ import re
 import nbformat
 import pytest
 
+from helpers import environment
 from helpers.workshop import notebooks
 
 BOOKS = {name: nbformat.read(path, as_version=4) for name, path in notebooks.NOTEBOOKS.items()}
+# Absolute paths of this machine, also in file: and sqlite: addresses, but not in those of servers.
+MACHINE_PATH = re.compile(
+    r"(?:(?<![\w:/.-])|(?<=\bfile:)|(?<=\bfile://)|(?<=\bsqlite:///))/(?:home|root|Users|tmp|work|var|private|opt|mnt)/"
+    r"|\b[A-Z]:[\\/]{1,2}\w"
+)
 every_notebook = pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
 
 
@@ -41,9 +47,41 @@ def test_no_error_and_no_noise_on_stderr_was_saved(book):
 
 @every_notebook
 def test_no_path_of_a_machine_was_saved(book):
-    paths = re.compile(r"(?<![\w:/.])/(?:home|root|Users|tmp|work|var|private|opt|mnt)/|[A-Z]:\\\\")
-    assert not [text_of(output) for output in outputs(book) if paths.search(text_of(output))]
+    assert not [text_of(output) for output in outputs(book) if MACHINE_PATH.search(text_of(output))]
     assert "papermill" not in book.metadata
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/home/me/mlruns",
+        "['/tmp/x']",
+        "file:///home/me/mlruns",
+        "file:/home/me/mlruns",
+        "sqlite:////root/x/mlflow.db",
+        "at C:\\Users\\me",
+        "'C:\\\\Users\\\\me'",
+        "file:///D:/work",
+    ],
+)
+def test_a_path_of_a_machine_is_recognised(text):
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://127.0.0.1:5000/home/me",
+        "mlflow-artifacts:/root/model",
+        "models:/slm-onnx@candidate",
+        "../tmp/x",
+        "out/var/x",
+        "sqlite:///mlflow.db",
+        "Q:\nA: 1/2",
+    ],
+)
+def test_what_means_the_same_on_every_machine_is_none(text):
+    assert not MACHINE_PATH.search(text)
 
 
 @every_notebook
@@ -57,6 +95,16 @@ def test_outputs_were_made_from_the_sources_that_stand(book):
     assert book.metadata.get("made_from") == notebooks.fingerprint(book), (
         "stale outputs: run `make notebooks`"
     )
+
+
+@every_notebook
+def test_the_versions_it_prints_first_are_the_locked_ones(book):
+    printed = dict(line.split() for line in text_of(code_cells(book)[0].outputs[0]).strip().split(" · "))
+    assert "mlflow" in printed
+    locked = environment.locked()
+    assert {name: version.partition("+")[0] for name, version in printed.items()} == {
+        name: locked[name] for name in printed
+    }
 
 
 @every_notebook

@@ -1,13 +1,19 @@
-# A thin face for `python -m helpers …`; every target but doctor sets up .venv first.
+# A thin face for `python -m helpers …`; every target that needs packages sets up .venv first.
 # Override on the line: make run MODEL=tiny-phi3 PARAMS="-p max_new_tokens 16" TRACKING_URI=http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-# The first Python of a supported version; a shim that does not start is passed over.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# .venv's own Python, or else the first of a supported version; one that does not start is passed over.
+OUTSIDE := $(PATH)
+PYTHON ?= $(shell PATH='$(OUTSIDE)'; for p in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
+  p=$$(command -v $$p) && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+  && echo $$p && break; done)
 VENV := .venv/bin
 NOTEBOOK ?= notebooks/01_TransformerPipeline.ipynb
 RUN := $(VENV)/python -m helpers
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# As in helpers/__init__.py, for what is started without it, such as `make ui`; a value of your own stays.
+MLFLOW_DISABLE_TELEMETRY ?= true
+DO_NOT_TRACK ?= true
+export MLFLOW_DISABLE_TELEMETRY DO_NOT_TRACK
 # What is given on the line reaches a command through the environment and is read there as "$$MODEL": it never
 # becomes a part of the command, and $(value …) keeps make from expanding it. A quote or $(…) in it stays text.
 GIVEN := MODEL TRACKING_URI PARAMS PORT MINUTES WEIGHTS_DIR TORCH_BACKEND WHEELHOUSE NOTEBOOK
@@ -45,8 +51,9 @@ lab: setup ## open the notebooks in JupyterLab
 	$(VENV)/jupyter lab "$$NOTEBOOK" $$PARAMS
 
 ui: setup ## look at runs, models and traces in MLflow's UI
-	MLFLOW_BACKEND_STORE_URI="$${TRACKING_URI:-sqlite:///$$PWD/mlflow.db}" \
-	  $(VENV)/mlflow ui --host 127.0.0.1 --port "$${PORT:-5000}"
+	@uri="$${TRACKING_URI:-sqlite:///$$PWD/mlflow.db}"; \
+	  case "$$uri" in postgresql:*) uri="postgresql+psycopg2:$${uri#postgresql:}";; esac; \
+	  MLFLOW_BACKEND_STORE_URI="$$uri" $(VENV)/mlflow ui --host 127.0.0.1 --port "$${PORT:-5000}"
 
 serve: setup ## put an OpenAI endpoint before the champion, at http://127.0.0.1:8000/v1
 	$(RUN) serve $${TRACKING_URI:+--tracking-uri="$$TRACKING_URI"} $${MODEL:+--model="$$MODEL"} --words "$$PARAMS"
@@ -88,5 +95,6 @@ rehearsal: setup ## run both flows at Phi-3-mini's true size with random weights
 lock: setup ## resolve pyproject.toml again
 	$(RUN) lock
 
-clean: ## remove what was made here, but neither weights/ nor the runs in mlflow.db
-	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
+clean: ## remove what was made here, but not weights/, the runs in mlflow.db and out/student/
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	[ ! -d out ] || find out -mindepth 1 -maxdepth 1 ! -name student -exec rm -rf {} +

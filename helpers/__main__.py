@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="put an OpenAI endpoint before a registered model")
     serve.add_argument(
-        "--model", default="models:/slm-onnx@champion", help="model URI (default: %(default)s)"
+        "--model",
+        default="models:/slm-onnx@champion",
+        help="model URI, of what the notebooks log (default: %(default)s)",
     )
     serve.add_argument(
         "--host", default="127.0.0.1", help="another than loopback needs a key (default: %(default)s)"
@@ -226,7 +228,7 @@ def _fetch(options: argparse.Namespace) -> None:
     folders = [fetch.checkpoint(model, offline=options.offline)]
     folders += [
         export.onnx_folder(model, precision, offline=options.offline)
-        for precision in options.precision or model.published or catalog.PRECISIONS
+        for precision in options.precision or model.precisions
     ]
     for folder in folders:
         if folder.is_relative_to(fetch.weights_dir()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-import venv
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +34,9 @@ TORCH_BUILDS = "https://download.pytorch.org/whl"
 
 
 def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK, wheelhouse: Path | None = None) -> bool:
-    """Make `prefix` hold exactly what `lock` says, and this project.
+    """Make `prefix` hold what `lock` says, and this project; what else is installed there stays.
+
+    An environment of another version of Python, of one that is gone, or made in another place, is made anew.
 
     Args:
         wheelhouse: take everything from this folder of `make wheelhouse`, and touch no network.
@@ -53,9 +57,10 @@ def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK, wheelhouse: Path | N
     stamp = prefix / STAMP
     stamp.unlink(missing_ok=True)
     print(f"Setting up {prefix.name} from {wheelhouse or lock.name} …", flush=True)
-    binaries = prefix / ("Scripts" if os.name == "nt" else "bin")
-    if not (binaries / "pip").exists():  # the last thing that venv installs
-        venv.create(prefix, with_pip=True)
+    binaries = _binaries(prefix)
+    if not _stands(prefix):
+        # A child, because this process may itself run in `prefix`: make puts .venv's Python first.
+        _run([sys._base_executable, "-m", "venv", "--clear", prefix])
     pip = [binaries / "python", "-m", "pip", "install", "--quiet", f"uv=={_locked('uv', lock)}"]
     # Bytecode is made once, here: a process that imports mlflow then starts in 2 s rather than 8, also where
     # Python is told to write none.
@@ -78,7 +83,30 @@ def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK, wheelhouse: Path | N
 def is_current(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
     """Whether `prefix` was set up to the end, in this place, from this lock and with this Python."""
     stamp = prefix / STAMP
-    return stamp.exists() and stamp.read_text() == _fingerprint(lock)
+    return stamp.exists() and stamp.read_text() == _fingerprint(lock) and _stands(prefix)
+
+
+def _stands(prefix: Path) -> bool:
+    """Whether `prefix` is a whole environment, made in this place, and its Python starts, in this version."""
+    binaries, about = _binaries(prefix), prefix / "pyvenv.cfg"
+    if not about.is_file() or not any(binaries.glob("pip*")):  # the first and the last thing that venv makes
+        return False
+    # Its programs name the Python of the place it was made in, by the whole path.
+    if not re.search(rf"^command = .* {re.escape(str(prefix))}$", about.read_text(), re.MULTILINE):
+        return False
+    try:
+        started = subprocess.run(
+            [binaries / "python", "-c", "import sys; print(*sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return False
+    return started.stdout.split() == [str(number) for number in sys.version_info[:2]]
+
+
+def _binaries(prefix: Path) -> Path:
+    return prefix / ("Scripts" if os.name == "nt" else "bin")
 
 
 def locked(lock: Path = LOCK) -> dict[str, str]:
@@ -95,6 +123,21 @@ def installed() -> dict[str, str]:
     from packaging.utils import canonicalize_name
 
     return {canonicalize_name(each.name): each.version for each in metadata.distributions()}
+
+
+@contextlib.contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Set environment variables for the length of a block, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def make_wheelhouse(folder: Path = WHEELHOUSE, lock: Path = LOCK) -> int:
@@ -181,10 +224,11 @@ def uv_settings(pip: dict[str, str]) -> dict[str, str]:
         "cert": "SSL_CERT_FILE",
     }
     found = {uv: pip[name] for name, uv in names.items() if pip.get(name)}
+    # Lists: in pip's files each value may stand on a line of its own.
     if "UV_FIND_LINKS" in found:
         found["UV_FIND_LINKS"] = ",".join(found["UV_FIND_LINKS"].split())
     if "UV_INDEX" in found:
-        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+        found |= {"UV_INDEX": " ".join(found["UV_INDEX"].split()), "UV_INDEX_STRATEGY": "unsafe-best-match"}
     return {name: value for name, value in found.items() if name not in os.environ}
 
 
@@ -203,7 +247,7 @@ def write_lock(lock: Path = LOCK) -> None:
     if result.returncode:
         raise SystemExit(f"The lock was not changed: {result.stderr.strip()}")
     kept = [line for line in result.stdout.splitlines() if not CUDA_PACKAGES.match(line)]
-    header = f"# Tested on Python {lowest} to {highest}; CUDA's own packages follow from torch."
+    header = f"# Resolved for Python {lowest} to {highest}; CUDA's own packages follow from torch."
     lock.write_text("\n".join([header, *kept]) + "\n")
 
 
@@ -280,7 +324,7 @@ def pip_configuration(python: Path) -> dict[str, str]:
     """pip's settings by bare name; its environment wins over its files, as in pip itself."""
     listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     lines = [line.partition("=") for line in listing.splitlines()]
-    settings = {key: value.strip("'\"") for key, _, value in lines}
+    settings = {key: ast.literal_eval(value) for key, _, value in lines}
     ordered = sorted(settings.items(), key=lambda item: item[0].startswith(":env:"))
     return {key.rpartition(".")[2]: value for key, value in ordered}
 

@@ -6,10 +6,12 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from helpers.models import catalog
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class ParameterError(ValueError):
@@ -59,6 +61,16 @@ def without_password(uri: str) -> str:
     return re.sub(r"(?<=://)([^/@]*?:)[^/]*(?=@)", r"\1***", uri)
 
 
+def resolved(uri: str) -> str:
+    """The tracking URI as MLflow takes it in any folder: a relative database file lies in the project's.
+
+    PostgreSQL gets the driver that is locked; left alone, SQLAlchemy 2.1 takes psycopg 3.
+    """
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
+    return re.sub("^postgresql:", "postgresql+psycopg2:", uri)
+
+
 def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
     return ParameterError(f"{name}={value!r} is not {allowed}. Set it with -p {name} {example}")
 
@@ -83,15 +95,18 @@ def _whole(lowest: int, highest: int, example: str):
 
 def _model(name: str, value: object) -> None:
     _text(name, value)
-    try:
-        catalog.find(value)
-    except ValueError as error:
-        raise ParameterError(f"{error} Set it with -p {name} smollm2-135m") from None
+    _in_catalogue(catalog.find, value)
 
 
 def _precision(name: str, value: object) -> None:
-    if value not in catalog.PRECISIONS:
-        raise _error(name, value, f"one of {', '.join(catalog.PRECISIONS)}", "int4")
+    _in_catalogue(catalog.check_precision, value)
+
+
+def _in_catalogue(check: Callable[[object], object], value: object) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
 
 
 def _tracking_uri(name: str, value: object) -> None:
@@ -103,18 +118,19 @@ def _tracking_uri(name: str, value: object) -> None:
             f"{name}={without_password(value)!r} holds a password, and parameters are saved in the notebook. "
             f"Set the environment variable MLFLOW_TRACKING_URI to it instead, and leave {name} empty."
         )
-    uri = value or os.environ.get("MLFLOW_TRACKING_URI", "")
-    scheme = urlsplit(uri).scheme
-    if scheme in ("http", "https"):
+    given = value or os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = resolved(given)
+    if uri.startswith(("http://", "https://")):
         _reachable(name, uri)
-    elif scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        if not folder.is_dir():
+    elif uri.startswith("sqlite:///"):
+        if not Path(uri.removeprefix("sqlite:///")).parent.is_dir():
             raise ParameterError(
                 f"{name}={uri!r} lies in a folder that does not exist. Make it, or set -p {name} "
                 "sqlite:////absolute/path/mlflow.db"
             )
-    elif uri and scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
+    elif uri.startswith("postgresql+psycopg2://"):
+        _opens(name, given)
+    elif uri:
         raise _error(
             name,
             without_password(uri),
@@ -134,6 +150,28 @@ def _reachable(name: str, uri: str, timeout: float = 5.0) -> None:
         raise ParameterError(
             f"{name}={without_password(uri)!r} does not answer ({reason}). Start it with `mlflow server`, "
             f"or leave {name} empty to use the project's own mlflow.db."
+        ) from None
+
+
+def _opens(name: str, uri: str, timeout: int = 4) -> None:
+    """Open the database as MLflow would, which tries for minutes and then shows all its frames.
+
+    Args:
+        timeout: seconds for each address of the host; `localhost` has two.
+    """
+    try:
+        import sqlalchemy
+    except ImportError:  # the doctor, before set-up
+        return
+    try:
+        engine = sqlalchemy.create_engine(resolved(uri), connect_args={"connect_timeout": timeout})
+        engine.connect().close()
+        engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
+        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        raise ParameterError(
+            f"{name}={without_password(uri)!r} cannot be opened ({reason}). Start PostgreSQL and make the "
+            f"database, or leave {name} empty to use the project's own mlflow.db."
         ) from None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers import faults
+from helpers import faults, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 _entered: str | None = None  # the workspace that `connect` chose
@@ -22,7 +22,7 @@ _entered: str | None = None  # the workspace that `connect` chose
 
 def default_uri() -> str:
     """The store used when none is named: `MLFLOW_TRACKING_URI`, or `mlflow.db` beside this project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    return parameters.resolved(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
 
 
 def connect(tracking_uri: str, experiment: str) -> str:
@@ -34,7 +34,8 @@ def connect(tracking_uri: str, experiment: str) -> str:
     Runs of this experiment that a killed process left open are ended: see `faults.guard`.
 
     Args:
-        tracking_uri: a server or database URI; empty for `default_uri()`.
+        tracking_uri: a server or database URI; empty for `default_uri()`. On a database, also on PostgreSQL,
+            the artifacts are files of this machine.
         experiment: name of the experiment that the runs belong to.
     Returns:
         The URI now in use.
@@ -44,7 +45,7 @@ def connect(tracking_uri: str, experiment: str) -> str:
     import mlflow
     from filelock import FileLock
 
-    uri = tracking_uri or default_uri()
+    uri = parameters.resolved(tracking_uri) or default_uri()
     _quiet()
     # By default MLflow's client asks a server that is gone for four minutes; this is half a minute.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
@@ -54,16 +55,18 @@ def connect(tracking_uri: str, experiment: str) -> str:
     os.environ.pop("MLFLOW_RUN_ID", None)
     mlflow.set_tracking_uri(uri)
     _enter_workspace(uri, experiment)
-    if not uri.startswith("sqlite:"):
+    if uri.startswith(("http:", "https:")):
         faults.guard(mlflow.set_experiment(experiment).experiment_id)
         return uri
     # MLflow would put artifacts under the working directory, which differs between papermill and Jupyter;
     # and two notebooks that start at once would both create the database's tables.
-    database = Path(uri.removeprefix("sqlite:///"))
-    with FileLock(f"{database}.lock"):
-        faults.refuse_if_locked(database)
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:") else None
+    artifacts = (file.parent if file else ROOT) / "mlruns"
+    with FileLock(f"{file or ROOT / 'mlflow.db'}.lock"):
+        if file:
+            faults.refuse_if_locked(file)
         if mlflow.get_experiment_by_name(experiment) is None:
-            mlflow.create_experiment(experiment, artifact_location=(database.parent / "mlruns").as_uri())
+            mlflow.create_experiment(experiment, artifact_location=artifacts.as_uri())
         faults.guard(mlflow.set_experiment(experiment).experiment_id)
     return uri
 

@@ -1,10 +1,13 @@
 """The lock, environment.yml and pyproject.toml say the same, and pip's settings reach uv."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from helpers import environment
 
 ROOT = environment.ROOT
 LOCK = environment.LOCK.read_text()
+TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
 def locked() -> list[Requirement]:
@@ -26,6 +30,8 @@ def test_environment_yml_installs_python_pip_the_lock_and_nothing_else():
     entries = [entry.split()[0] for entry in re.findall(r"^ +- (.+)$", text, re.MULTILINE)]
     assert entries == ["conda-forge", "nodefaults", "python", "pip", "pip:", "-r", "-e"]
     assert "- -r requirements.lock" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"- python {project['requires-python']}\n" in text
 
 
 def test_every_dependency_is_locked_within_its_range():
@@ -49,6 +55,13 @@ def test_nothing_that_needs_a_compiler_or_cuda_is_locked():
     names = {requirement.name for requirement in locked()}
     assert "llama-cpp-python" not in names
     assert not [name for name in names if environment.CUDA_PACKAGES.match(f"{name}==")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a published wheel looks like a compiled one")
+def test_no_locked_package_was_compiled_on_this_machine():
+    """Published wheels are for manylinux, or for any system; a compiler here makes them for linux alone."""
+    tags = {name: distribution(name).read_text("WHEEL") or "" for name in environment.locked()}
+    assert not [name for name, text in tags.items() if re.search(r"^Tag: .*-linux_", text, re.MULTILINE)]
 
 
 def test_what_is_installed_here_is_what_is_locked():
@@ -75,6 +88,21 @@ def test_pip_settings_are_handed_to_uv(monkeypatch):
     }
 
 
+def test_pip_settings_over_several_lines_are_handed_to_uv(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://one.example/simple\n"
+        "extra-index-url =\n    https://two.example/it's\n    https://three.example/simple\n"
+        "[install]\nfind-links =\n    /a\n    /b\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    found = environment.uv_settings(environment.pip_configuration(Path(sys.executable)))
+    assert found["UV_DEFAULT_INDEX"] == "https://one.example/simple"
+    assert found["UV_INDEX"] == "https://two.example/it's https://three.example/simple"
+    assert found["UV_FIND_LINKS"] == "/a,/b"
+
+
 def test_a_setting_made_for_uv_itself_stays(monkeypatch):
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://mine.example/simple")
     assert "UV_DEFAULT_INDEX" not in environment.uv_settings({"index-url": "https://pip.example/simple"})
@@ -87,6 +115,68 @@ def test_an_unsupported_python_is_refused_in_one_sentence(monkeypatch, tmp_path)
     assert not (tmp_path / ".venv").exists()
 
 
+# An environment that does not stand any more
+
+
+@pytest.fixture(scope="module")
+def small_lock(tmp_path_factory) -> Path:
+    """What it takes to install anything at all."""
+    lock = tmp_path_factory.mktemp("lock") / "requirements.lock"
+    lock.write_text("".join(f"{name}=={version(name)}\n" for name in ("setuptools", "uv")))
+    return lock
+
+
+@pytest.fixture(scope="module")
+def prefix(small_lock, tmp_path_factory) -> Iterator[Path]:
+    """An environment that has been set up, and that each test leaves standing."""
+    prefix = tmp_path_factory.mktemp("place") / ".venv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_BACKEND", "cpu")  # no torch is locked that could be looked for
+        assert environment.setup(prefix, small_lock)
+        assert environment.is_current(prefix, small_lock)
+        yield prefix
+
+
+def test_an_environment_that_stands_is_added_to_and_keeps_what_else_is_in_it(prefix, small_lock):
+    (prefix / "mine").touch()
+    (prefix / environment.STAMP).unlink()
+    assert environment.setup(prefix, small_lock)
+    assert (prefix / "mine").exists()
+    assert not environment.setup(prefix, small_lock)
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(prefix, small_lock):
+    for python in (prefix / "bin").glob("python*"):
+        python.unlink()
+        python.symlink_to("/gone/python")
+    assert not environment.is_current(prefix, small_lock)
+    assert environment.setup(prefix, small_lock)
+    assert environment.is_current(prefix, small_lock)
+
+
+def test_an_environment_of_another_version_of_python_is_made_anew(prefix, small_lock):
+    (prefix / "bin" / "python").unlink()
+    (prefix / "bin" / "python").write_text("#!/bin/sh\necho 3 10\n")  # it is not at hand everywhere
+    (prefix / "bin" / "python").chmod(0o755)
+    assert environment.setup(prefix, small_lock)
+    assert environment.is_current(prefix, small_lock)
+
+
+def test_an_environment_in_another_place_is_made_anew_also_by_its_own_python(prefix, small_lock, tmp_path):
+    moved = tmp_path / "other place" / ".venv"
+    shutil.copytree(prefix, moved, symlinks=True)
+    code = (
+        "import sys; from pathlib import Path; from helpers import environment;"
+        "print(environment.setup(Path(sys.argv[1]), Path(sys.argv[2])))"
+    )
+    command = [moved / "bin" / "python", "-c", code, moved, small_lock]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.endswith("True\n"), ended.stderr
+    assert environment.is_current(moved, small_lock)
+    works = subprocess.run([moved / "bin" / "pip", "--version"], capture_output=True, text=True)
+    assert str(moved) in works.stdout, works.stderr
+
+
 def test_the_set_up_code_needs_only_the_standard_library(tmp_path):
     code = "import helpers.environment, sys; assert 'mlflow' not in sys.modules"
     bare = [sys.executable, "-S", "-c", code]  # -S: without site-packages
@@ -97,9 +187,23 @@ def test_importing_helpers_is_cheap_and_turns_telemetry_off():
     code = (
         "import helpers, helpers.parameters, helpers.tracking, helpers.workshop.notebooks, os, sys;"
         "assert not {'torch', 'transformers', 'mlflow'} & set(sys.modules);"
-        "assert os.environ['MLFLOW_DISABLE_TELEMETRY'] == os.environ['DO_NOT_TRACK'] == 'true'"
+        "print(*(os.environ[name] for name in sys.argv[1:]))"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    own = {name: value for name, value in os.environ.items() if name not in TELEMETRY}
+    command = [sys.executable, "-c", code, *TELEMETRY]
+    off = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert off.stdout.split() == ["true"] * 4, off.stderr
+    mine = subprocess.run(command, env=own | {"DO_NOT_TRACK": "0"}, capture_output=True, text=True)
+    assert mine.stdout.split() == ["true", "true", "true", "0"]
+
+
+def test_variables_are_set_for_a_block_and_what_was_there_comes_back(monkeypatch):
+    monkeypatch.setenv("MINE", "kept")
+    monkeypatch.delenv("NEW", raising=False)
+    with environment.variables(MINE="other", NEW="1"):
+        assert (os.environ["MINE"], os.environ["NEW"]) == ("other", "1")
+    assert os.environ["MINE"] == "kept"
+    assert "NEW" not in os.environ
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "environment.yml", "MLproject"])

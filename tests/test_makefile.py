@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ print(json.dumps({{"words": sys.argv[1:], "store": os.environ.get("MLFLOW_BACKEN
 def programs(tmp_path_factory) -> Path:
     """A folder with programs that only show how they were called."""
     folder = tmp_path_factory.mktemp("programs")
-    for name in ("python", "mlflow"):
+    for name in ("python", "mlflow", "jupyter"):
         (folder / name).write_text(SHOW)
         (folder / name).chmod(0o755)
     return folder
@@ -34,9 +35,8 @@ def called(programs: Path, target: str, **given: str) -> dict:
     """How `make TARGET NAME=VALUE …` calls its program; what the values start would run in `programs`."""
     values = [f"{name}={value}" for name, value in given.items()]
     command = ["make", "-C", str(ROOT), "-s", "-o", "setup", target, f"VENV={programs}", *values]
-    own = {
-        name: value for name, value in os.environ.items() if name not in ("MODEL", "TRACKING_URI", "PARAMS")
-    }
+    lent = ("MODEL", "TRACKING_URI", "PARAMS", "NOTEBOOK")
+    own = {name: value for name, value in os.environ.items() if name not in lent}
     made = subprocess.run(command, capture_output=True, text=True, env=own)
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout.replace(f"make: Entering directory '{ROOT}'\n", "").splitlines()[0])
@@ -68,6 +68,7 @@ def test_a_value_on_makes_line_is_handed_on_as_it_is(programs, number):
     assert serve[3:] == [f"--tracking-uri={value}", f"--model={value}", "--words", ""]
     assert called(programs, "weights", MODEL=value)["words"][2:] == ["fetch", "--", value]
     assert called(programs, "ui", TRACKING_URI=value)["store"] == value
+    assert called(programs, "lab", NOTEBOOK=value)["words"] == ["lab", value]
     assert called(programs, "run", PARAMS=value)["words"][3:] == ["--words", value]
     assert not (programs / "pwned").exists()
 
@@ -75,9 +76,26 @@ def test_a_value_on_makes_line_is_handed_on_as_it_is(programs, number):
 def test_without_values_the_targets_take_their_defaults(programs):
     assert called(programs, "run")["words"] == ["-m", "helpers", "run", "--words", ""]
     assert called(programs, "weights")["words"] == ["-m", "helpers", "fetch"]
+    assert called(programs, "lab")["words"] == ["lab", "notebooks/01_TransformerPipeline.ipynb"]
     ui = called(programs, "ui")
     assert ui["words"] == ["ui", "--host", "127.0.0.1", "--port", "5000"]
     assert ui["store"] == f"sqlite:///{ROOT}/mlflow.db"
+
+
+def test_clean_removes_what_was_made_here_and_spares_what_learners_wrote(tmp_path):
+    kept = ["Makefile", "mlflow.db", "out/student/01.ipynb", "weights/tiny-phi3/manifest.json"]
+    gone = [".venv/bin/python", "out/01.html", "out/.01.lock", "out/full/01.ipynb", "out/site/index.html"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for _ in range(2):  # again, with nothing left to remove
+        subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+        assert [
+            str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if path.is_file()
+        ] == kept
+    shutil.rmtree(tmp_path / "out")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,3 +111,37 @@ def test_words_are_split_as_a_shell_does_and_run_by_none(words):
 def test_words_that_end_in_the_middle_are_told(capsys):
     assert main(["run", "--words", "-p question 'Why"]) == 2
     assert capsys.readouterr().err.startswith('error: PARAMS="-p question \'Why" cannot be split into words')
+
+
+@pytest.mark.parametrize("own", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false"}])
+def test_what_make_starts_reports_to_nobody_unless_told_so(own, tmp_path):
+    (tmp_path / "mlflow").write_text("#!/bin/sh\necho $MLFLOW_DISABLE_TELEMETRY $DO_NOT_TRACK\n")
+    (tmp_path / "mlflow").chmod(0o755)
+    names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    given = {name: value for name, value in os.environ.items() if name not in names} | own
+    command = ["make", "-C", str(ROOT), "-s", "-o", "setup", "ui", f"VENV={tmp_path}"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=given).stdout.splitlines()
+    assert f"{own.get('MLFLOW_DISABLE_TELEMETRY', 'true')} true" in shown
+
+
+def test_make_takes_the_environment_s_python_and_another_when_that_does_not_start(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), own["PATH"]])
+
+    def chosen(script: str) -> str:
+        for name in ("python", "python3", f"python3.{sys.version_info.minor}"):
+            (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+        command = ["make", "-C", str(tmp_path), "--no-print-directory", "-n", "setup"]
+        shown = subprocess.run(command, capture_output=True, text=True, env=own).stdout
+        return shown.splitlines()[-1].removesuffix(" -m helpers setup")
+
+    assert chosen(f'exec {sys.executable} "$@"') == ".venv/bin/python"
+    assert Path(chosen("exit 1")).parent == Path(sys.executable).parent
+
+
+def test_the_ui_opens_postgresql_with_the_driver_that_is_locked(programs):
+    store = called(programs, "ui", TRACKING_URI="postgresql://me@db/mlflow")["store"]
+    assert store == "postgresql+psycopg2://me@db/mlflow"

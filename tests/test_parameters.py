@@ -1,7 +1,9 @@
 """A wrong parameter ends in one sentence: its value, what is allowed, how to set it."""
 
 import http.server
+import socket
 import threading
+import time
 
 import pytest
 
@@ -50,6 +52,9 @@ def test_the_defaults_pass_and_name_the_model():
         ("tracking_uri", 5000, "a text"),
         ("tracking_uri", "mlruns", "a server"),
         ("tracking_uri", "file:///tmp/mlruns", "a server"),
+        ("tracking_uri", "mysql://me@db/mlflow", "a server"),  # these need drivers that are not locked
+        ("tracking_uri", "postgresql+psycopg://me@db/mlflow", "a server"),
+        ("tracking_uri", "databricks", "a server"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed_and_how_to_set_it(name, value, allowed):
@@ -62,14 +67,43 @@ def test_a_bad_value_is_named_with_what_is_allowed_and_how_to_set_it(name, value
 def test_an_unknown_model_is_answered_with_the_catalogue():
     sentence = refused(model="phi-33")
     assert "phi-33" in sentence
-    assert "smollm2-135m" in sentence
-    assert "phi-3-mini" in sentence
+    assert "smollm2-135m, phi-3-mini" in sentence
+    assert sentence.count("Set it with") == 1
 
 
 def test_a_server_that_does_not_answer_is_named():
     sentence = refused(tracking_uri="http://127.0.0.1:9")
     assert "http://127.0.0.1:9" in sentence
     assert "mlflow server" in sentence
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2"])
+def test_a_database_that_is_not_there_is_named_in_one_line(scheme):
+    uri = f"{scheme}://me@127.0.0.1:9/mlflow"
+    sentence = refused(tracking_uri=uri)
+    assert sentence.startswith(f"tracking_uri={uri!r} cannot be opened (connection to server at")
+    assert "Connection refused" in sentence
+    assert "\n" not in sentence
+
+
+def test_a_database_that_never_answers_is_given_up_within_ten_seconds(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"postgresql://me:hunter2@127.0.0.1:{silent.getsockname()[1]}/mlflow"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        start = time.monotonic()
+        sentence = refused(tracking_uri="")
+    assert time.monotonic() - start < 10
+    assert "timeout expired" in sentence
+    assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me@127.0.0.1:port/db", "postgresql://me@127.0.0.1/db?nonsense=1"]
+)
+def test_a_database_address_that_cannot_be_read_is_one_line(uri):
+    sentence = refused(tracking_uri=uri)
+    assert sentence.startswith(f"tracking_uri={uri!r} cannot be opened (")
+    assert "\n" not in sentence
 
 
 def test_a_server_that_answers_passes_even_when_it_asks_for_a_password():
@@ -92,6 +126,29 @@ def test_a_database_in_a_missing_folder_is_refused(tmp_path):
 
 def test_a_database_in_an_existing_folder_passes(tmp_path):
     parameters.check(**GOOD, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_relative_database_lies_in_the_project_wherever_the_process_was_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "only-here").mkdir()
+    parameters.check(**GOOD, tracking_uri="sqlite:///helpers/my.db")
+    assert f"{parameters.ROOT}/only-here/my.db" in refused(tracking_uri="sqlite:///only-here/my.db")
+    assert not any((tmp_path / "only-here").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("uri", "resolved"),
+    [
+        ("sqlite:///my.db", f"sqlite:///{parameters.ROOT}/my.db"),
+        ("sqlite:////a/my.db", "sqlite:////a/my.db"),
+        ("postgresql://me@db/mlflow", "postgresql+psycopg2://me@db/mlflow"),
+        ("postgresql+psycopg2://me@db/mlflow", "postgresql+psycopg2://me@db/mlflow"),
+        ("http://host:5000", "http://host:5000"),
+        ("", ""),
+    ],
+)
+def test_what_mlflow_gets_depends_on_no_folder_and_on_no_driver_that_is_not_locked(uri, resolved):
+    assert parameters.resolved(uri) == resolved
 
 
 @pytest.mark.parametrize(

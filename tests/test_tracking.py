@@ -5,14 +5,15 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from helpers import faults, tracking
+from helpers import faults, parameters, tracking
 from helpers.models import onnx_chat_model
-from helpers.serving import background
+from helpers.serving import background, classroom
 
 
 @pytest.fixture
@@ -32,6 +33,49 @@ def test_artifacts_lie_beside_the_database_wherever_the_process_was_started(
         mlflow.log_text("hello", "note.txt")
     assert run.info.artifact_uri.startswith((tmp_path / "mlruns").as_uri())
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_relative_database_lies_in_the_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(parameters, "ROOT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = mlflow.get_tracking_uri()
+    try:
+        assert tracking.connect("sqlite:///my.db", "an experiment") == f"sqlite:///{tmp_path}/project/my.db"
+        where = mlflow.get_experiment_by_name("an experiment").artifact_location
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert where == (tmp_path / "project" / "mlruns").as_uri()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.fixture(scope="module")
+def postgresql_uri():
+    """A database of PostgreSQL, named as readers do: without a driver."""
+    binaries = classroom.binaries() or pytest.skip("no PostgreSQL here; try apt-get install postgresql")
+    with tempfile.TemporaryDirectory(prefix="tracking-test-") as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL's own user enters it
+        with classroom._database(binaries, Path(folder), workers=1) as uri:
+            yield uri.replace("postgresql+psycopg2:", "postgresql:")
+
+
+def test_a_postgresql_database_is_a_store_here_and_for_child_processes(postgresql_uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parameters.check(model="tiny-phi3", tracking_uri=postgresql_uri)
+    before = mlflow.get_tracking_uri()
+    try:
+        uri = tracking.connect(postgresql_uri, "an experiment")
+        with mlflow.start_run() as run:
+            mlflow.log_metric("seconds", 1.5)
+        code = f"import mlflow; print(mlflow.get_run({run.info.run_id!r}).data.metrics)"
+        own = os.environ | {"MLFLOW_TRACKING_URI": uri}
+        child = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert child.stdout.strip() == "{'seconds': 1.5}", child.stderr
+    assert run.info.artifact_uri.startswith((tracking.ROOT / "mlruns").as_uri())
+    assert not any(tmp_path.iterdir())
 
 
 def test_connecting_twice_uses_the_same_experiment(sqlite_uri):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import inspect
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from unittest.mock import patch
 
-from helpers import parameters
+from helpers import environment, parameters
+from helpers.models import catalog, export, fetch
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {
     "01": ROOT / "notebooks" / "01_TransformerPipeline.ipynb",
     "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
 }
+SOCKETS = "slm-kernel-"  # begins the name of a folder of a kernel's sockets; the process that made it follows
 
 
 class NotebookError(RuntimeError):
@@ -55,7 +58,9 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
         name: parameters.convert(name, text, known[name]["inferred_type_name"])
         for name, text in given.items()
     }
-    parameters.check(**{"model": "smollm2-135m", **values})
+    model = parameters.check(**{"model": "smollm2-135m", **values})
+    if isinstance(model.origin, catalog.Folder):  # the kernel starts in another folder than this process
+        values["model"] = str(model.origin.path)
     return {
         path: {k: v for k, v in values.items() if k in declaration} for path, declaration in chosen.items()
     }
@@ -67,7 +72,8 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
     Returns:
         The HTML pages, in order.
     Raises:
-        NotebookError: when a cell fails; the executed copy up to that cell is kept for reading.
+        NotebookError: when the model's files cannot be had; when a cell fails, the executed copy up to that
+            cell is kept for reading.
     """
     output.mkdir(parents=True, exist_ok=True)
     return [_produce(path, values, output) for path, values in chosen.items()]
@@ -95,11 +101,12 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     executed = output / notebook.name
-    # A page of an earlier run must not pass for this one.
-    executed.with_suffix(".html").unlink(missing_ok=True)
+    for earlier in (executed, executed.with_suffix(".html")):  # must not pass for this run's
+        earlier.unlink(missing_ok=True)
     files = {"input_path": str(notebook), "output_path": str(executed), "cwd": str(ROOT)}
     try:
-        with _private_kernel() as config:
+        with _private_kernel() as config, _temporary_folder(executed):
+            _fetch(notebook, values)
             papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=config)
     except PapermillExecutionError as error:
         raise NotebookError(
@@ -114,26 +121,65 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
     return executed
 
 
+def _fetch(notebook: Path, values: dict[str, object]) -> None:
+    """Get the model's files that a notebook begins with: a kernel has no terminal for the bar.
+
+    With `offline` nothing is fetched, and every byte would be read once more than needed.
+    """
+    if notebook not in NOTEBOOKS.values():
+        return
+    defaults = {name: ast.literal_eval(about["default"]) for name, about in declared(notebook).items()}
+    wanted = defaults | values
+    if wanted["offline"]:
+        return
+    model = catalog.find(wanted["model"])
+    try:
+        if notebook == NOTEBOOKS["01"]:
+            fetch.checkpoint(model)
+        else:
+            export.onnx_folder(model, wanted["precision"])
+    except fetch.ModelUnavailable as error:
+        raise NotebookError(f"{notebook.name} was not started: {type(error).__name__}: {error}") from None
+
+
+@contextlib.contextmanager
+def _temporary_folder(executed: Path):
+    """Temporary files of what is started go beside the executed notebook; what a killed run left goes first.
+
+    MLflow writes a whole model there, and the system's own folder is in memory on many machines.
+    """
+    prefix = f".{executed.stem}.tmp-"
+    for left in executed.parent.glob(f"{prefix}*"):  # no other run's: `_produce` lets in one at a time
+        shutil.rmtree(left, ignore_errors=True)
+    options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
+    # Python looks at TMPDIR first, on every system.
+    with tempfile.TemporaryDirectory(**options) as folder, environment.variables(TMPDIR=folder):
+        yield
+
+
 @contextlib.contextmanager
 def _private_kernel():
     """Settings for a kernel that talks through sockets of this user, not over TCP (except on Windows).
 
     jupyter_client 8 would name the sockets relative to the working directory, and kernel and client differ
-    in theirs. The kernel's temporary files go to the same folder: MLflow writes a whole model there, and a
-    kernel that is killed removes nothing.
+    in theirs. Their paths must be short, so they lie in the system's folder for temporary files.
     """
     import psutil
     from traitlets.config import Config
 
-    for left in Path(tempfile.gettempdir()).glob("kernel-*-*"):  # by a run that was killed itself
-        owner = left.name.split("-")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-    prefix = f"kernel-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{SOCKETS}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        user = os.stat(folder).st_uid
+        for left in Path(folder).parent.glob(f"{SOCKETS}*"):  # by a run that was killed
+            owner = left.name.removeprefix(SOCKETS).partition("-")[0]
+            if owner.isdigit() and not psutil.pid_exists(int(owner)) and left.lstat().st_uid == user:
+                shutil.rmtree(left, ignore_errors=True)
         sockets = {"transport": "ipc", "ip": f"{folder}/socket", "connection_file": f"{folder}/kernel.json"}
-        with patch.dict(os.environ, {"TMPDIR": folder}):  # Python looks there first, on every system
+        try:
             yield Config(KernelManager={} if os.name == "nt" else sockets)
+        except KeyboardInterrupt:
+            # nbclient (0.11) no longer awaits its task then, and asyncio would tell at length that it failed.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise
 
 
 def _to_html(executed: Path) -> Path:
@@ -159,7 +205,8 @@ def save() -> None:
     with tempfile.TemporaryDirectory() as store:
         for notebook in NOTEBOOKS.values():
             print(f"Executing {notebook.name} …", flush=True)
-            book = _execute_in_place(notebook, {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db"})
+            places = {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "TMPDIR": store}
+            book = _execute_in_place(notebook, places)
             book.metadata["made_from"] = fingerprint(book)
             nbformat.write(book, notebook)
 
@@ -183,11 +230,11 @@ def _execute_in_place(notebook: Path, environment: dict[str, str]):
 
 
 def fingerprint(book) -> str:
-    """sha256 of all that shapes a notebook's outputs: its own cells and the code in `helpers`."""
+    """sha256 of all that shapes a notebook's outputs: its cells, the code in `helpers`, the questions."""
     digest = hashlib.sha256()
     for cell in book.cells:
         digest.update(cell.source.encode())
-    for path in sorted((ROOT / "helpers").rglob("*.py")):
+    for path in [*sorted((ROOT / "helpers").rglob("*.py")), ROOT / "helpers" / "questions.json"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,6 +1,6 @@
 """Thirty learners log to the classroom's server at once: what is lost, what fails, how long a call takes.
 
-    python benchmarks/classroom.py [--learners 30] [--steps 20] [--workers 4] [--output FILE]
+    python benchmarks/classroom.py [--learners 30] [--steps 20] [--workers 4] [--output FOLDER]
 
 About one minute on two cores. Every learner is a process with an experiment and a workspace of its own.
 They wait for each other, then each logs RUNS runs (parameters, a metric at every step, a file, a tag) and
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--learners", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20, help="metrics of a run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="of the server (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=machine.RESULTS / "classroom.json")
+    parser.add_argument("--output", type=Path, default=machine.RESULTS, help="folder of classroom.json")
     options = parser.parse_args()
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     export.onnx_folder(catalog.find("tiny-phi3"), "fp32")
@@ -57,9 +57,7 @@ def main() -> None:
             result = measure(uri, folder, options.learners, options.steps)
     result = {"server workers": options.workers, **result}
     print(json.dumps(result, indent=2))
-    facts = machine.facts("psycopg2-binary", "uvicorn")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": facts, **result}, indent=2) + "\n")
+    machine.write("classroom", result, "psycopg2-binary", "uvicorn", folder=options.output)
 
 
 def measure(uri: str, folder: Path, learners: int, steps: int) -> dict:

@@ -4,8 +4,8 @@ OK       it is there.
 TO DO    needed: without it the notebooks do not run here and now, also without a network. That is Python, the
          packages as locked, a kernel that starts, the model's files, disk, and a tracking store that can be
          written. One of these ends the report with exit code 1.
-NOTE     worth knowing: memory, cores, ports of `make ui`, `serve` and `lab`, files that are made when first
-         used, a wheelhouse that does not fit.
+NOTE     worth knowing: memory, cores, ports of `make ui`, `classroom`, `serve` and `lab`, files that are made
+         when first used, a wheelhouse that does not fit.
 
 Standard library only. What needs packages is asked of the environment's own Python, in child processes.
 """
@@ -30,17 +30,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from helpers import environment, parameters, tracking
-from helpers.models import catalog
+from helpers.models import catalog, store
 
 ROOT = environment.ROOT
 OK, TODO, NOTE = "OK", "TO DO", "NOTE"
 Finding = tuple[str, str]  # OK, TO DO or NOTE; what is there, or what to do
 
 ENVIRONMENT_SIZE = 2_500_000_000  # bytes, measured on Linux with torch's CPU build
-RUN_SIZE = 1_600_000_000  # bytes that a run of both notebooks leaves in the store, measured
 MEMORY = 4_000_000_000  # bytes: 3.1 GB measured at most, one notebook at a time, and room for the system
 PORTS = {
-    5000: "`make ui` needs another (macOS keeps 5000 for AirPlay): make ui PORT=5001",
+    5000: "`make ui` and `make classroom` need another (macOS keeps 5000 for AirPlay): make ui PORT=5001, "
+    'make classroom PARAMS="--port 5001"',
     8000: '`make serve` needs another: make serve PARAMS="--port 8001"',
     8888: "JupyterLab takes the next free one by itself",
 }
@@ -64,7 +64,7 @@ def report(model: str = "smollm2-135m", tracking_uri: str = "") -> int:
         "model": lambda: _model(environment_python, model),
         "disk": lambda: _disk(chosen),
         "tracking": lambda: _tracking(tracking_uri or tracking.default_uri()),
-        "memory": _memory,
+        "memory": lambda: _memory(chosen),
         "cores": _cores,
         **{f"port {port}": lambda port=port: _port(port) for port in PORTS},
         "wheelhouse": _wheelhouse,
@@ -91,7 +91,7 @@ def _environment_python() -> Path | None:
 def _inside(python: Path | None, check: str, *arguments: str) -> Finding:
     """Let a function of this module run in the environment; what it returns, or why it could not."""
     if python is None and (ROOT / ".venv").exists():
-        return TODO, "the Python that .venv was made with is gone. Run: make clean setup"
+        return TODO, "the Python that .venv was made with is gone. Run: make setup"
     if python is None:
         return TODO, "no environment yet. Run: make setup"
     code = (
@@ -160,7 +160,7 @@ def kernel() -> Finding:
 def _model(python: Path | None, name: str) -> Finding:
     if python is not None:
         return _inside(python, "model", name)
-    folder = _weights_dir() / catalog.find(name).key
+    folder = store.weights_dir() / catalog.find(name).key
     if any(folder.glob("*/manifest.json")):
         return NOTE, f"{name} lies in {folder.parent}; its checksums are read once there is an environment"
     return TODO, f"{name} is not in {folder.parent}. After make setup, run: make weights"
@@ -168,15 +168,14 @@ def _model(python: Path | None, name: str) -> Finding:
 
 def model(name: str) -> Finding:
     """In the environment: read every byte of a model's folders and compare it with their manifests."""
-    from helpers.models import export, fetch, store
+    from helpers.models import export, fetch
 
     chosen = catalog.find(name)
     if isinstance(chosen.origin, catalog.Folder):
         return OK, f"{name} is a folder of your own; it is read as it is"
     home = store.weights_dir() / chosen.key
     wanted = {"checkpoint": fetch.recipe(chosen)}
-    precisions = tuple(chosen.published) or catalog.PRECISIONS
-    wanted |= {f"onnx-{precision}": export.onnx_recipe(chosen, precision) for precision in precisions}
+    wanted |= {f"onnx-{precision}": export.onnx_recipe(chosen, precision) for precision in chosen.precisions}
     try:
         whole = [part for part, recipe in wanted.items() if store.is_complete(home / part, recipe)]
         for part in whole:
@@ -199,17 +198,15 @@ def model(name: str) -> Finding:
     return OK, there
 
 
-def _weights_dir() -> Path:
-    return Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights").expanduser().resolve()
-
-
 def _disk(chosen: catalog.Model) -> Finding:
     """Compare what is free with what is still to come, each on its own disk."""
-    weights = _weights_dir()
-    # The checkpoint, and in ONNX as much again in fp32, half in int8, a quarter in int4; or a published int4.
-    share = 1.4 if chosen.published else 2.75
-    to_come = max(0, round(share * (chosen.disk or 0)) - _size(weights / chosen.key))
-    needs = [(ROOT, RUN_SIZE if (ROOT / ".venv").exists() else RUN_SIZE + ENVIRONMENT_SIZE)]
+    weights = store.weights_dir()
+    size = chosen.disk or catalog.CATALOGUE["smollm2-135m"].disk  # not known: what is measured for ours
+    # Of the checkpoint's size, ONNX has as much in fp32, half in int8, a quarter in int4, and 0.36 in a
+    # published int4. weights/ holds each once; a run logs the same, and while it copies needs int4 once more.
+    made, logged = (1.36, 1.72) if chosen.published else (2.75, 3.0)
+    to_come = max(0, round(made * size) - store.total_size(weights / chosen.key))
+    needs = [(ROOT, round(logged * size) + (0 if (ROOT / ".venv").exists() else ENVIRONMENT_SIZE))]
     place = next(folder for folder in (weights, *weights.parents) if folder.exists())
     if os.stat(place).st_dev == os.stat(ROOT).st_dev:
         needs[0] = (ROOT, needs[0][1] + to_come)
@@ -225,22 +222,22 @@ def _disk(chosen: catalog.Model) -> Finding:
     return OK, "; ".join(lines)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _tracking(uri: str) -> Finding:
     """Try the store as far as the standard library can, without leaving anything in it."""
     try:
         parameters.check(model="smollm2-135m", tracking_uri=uri)
     except parameters.ParameterError as error:
         return TODO, str(error)
+    uri = parameters.resolved(uri)
     parts = urlsplit(uri)
     if parts.scheme == "sqlite":
         return _database(Path(uri.removeprefix("sqlite:///")))
     if parts.scheme in ("http", "https"):
         return _server(uri.rstrip("/"))
-    return NOTE, f"{parts.scheme}://{parts.hostname or ''} is tried when a notebook connects"
+    place = f"{parts.scheme}://{parts.hostname or ''}"
+    if find_spec("sqlalchemy"):  # so the check above has opened it
+        return OK, f"{place} can be opened"
+    return NOTE, f"{place} is tried when a notebook connects"
 
 
 def _database(file: Path) -> Finding:
@@ -288,17 +285,19 @@ def _request(url: str, method: str, body: bytes | None = None) -> bytes:
         return reply.read()
 
 
-def _memory() -> Finding:
+def _memory(chosen: catalog.Model) -> Finding:
+    needed = max(MEMORY, chosen.memory or 0)
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
-        return NOTE, f"not known here; {MEMORY / 1e9:.0f} GB are needed"
+        return NOTE, f"not known here, {needed / 1e9:.1f} GB needed"
     limit = Path("/sys/fs/cgroup/memory.max")  # what a container may take
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    if total < MEMORY:
-        return NOTE, f"{total / 1e9:.1f} GB are few: close other programs, keep one notebook open"
-    return OK, f"{total / 1e9:.1f} GB"
+    text = f"{total / 1e9:.1f} GB, {needed / 1e9:.1f} GB needed"
+    if total < needed:
+        return NOTE, f"{text}: take a smaller model, or close other programs and keep one notebook open"
+    return OK, text
 
 
 def _cores() -> Finding:
@@ -328,4 +327,4 @@ def _offline(todo: set[str]) -> Finding:
     waits = todo & {"Python", "packages", "kernel", "model"}
     if waits:
         return NOTE, f"nothing before this is done: {', '.join(sorted(waits))}"
-    return OK, "all but wheelhouse, lock, bench and some tests; in the notebooks set offline = True"
+    return OK, "all but wheelhouse, lock, audit, bench and some tests; in the notebooks set offline = True"

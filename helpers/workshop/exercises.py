@@ -21,18 +21,35 @@ if TYPE_CHECKING:
     from mlflow import ActiveRun
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.pyfunc import PyFuncModel
+    from transformers import TextGenerationPipeline
 
     from helpers.models.catalog import Model
     from helpers.models.onnx_chat_model import Completion, Phi3Model
 
 
 @exercise("1.1", "Set the seed with `transformers.set_seed(seed)`, then ask with `do_sample=True`.")
-def check_tell(tell: Callable[[str, int], str]) -> str:
-    """Equal seeds give equal answers of `chatbot`, other seeds other ones."""
-    story = "Tell me a story about a robot."
-    said = [call(tell, story, seed) for seed in (1, 2, 1, 3)]
-    for text in said:
-        of_type(str, text, "what `tell` returned", 'The text is reply[0]["generated_text"][-1]["content"].')
+def check_tell(tell: Callable[[str, int], str], chatbot: TextGenerationPipeline) -> str:
+    """Equal seeds give equal answers of `chatbot`, of at most 16 tokens, other seeds other ones."""
+    story, limit, said = "Tell me a story about a robot.", 16, []
+    where = 'The text is reply[0]["generated_text"][-1]["content"].'
+    for seed in (1, 2, 1, 3):
+        with _answers(chatbot) as answers:
+            text = call(tell, story, seed)
+        of_type(str, text, "what `tell` returned", where)
+        said.append(text)
+        if not answers:
+            raise Wrong(
+                f"`tell` returned {short(text)}, and `chatbot` was not asked.",
+                "Ask inside `tell`, at every call: chatbot(chosen.messages(question), …).",
+            )
+        written, tokens = answers[-1]
+        if tokens > limit:
+            raise Wrong(
+                f"the model wrote {tokens} tokens, and at most {limit} were asked for.",
+                "Let the model stop by itself: chatbot(…, max_new_tokens=16).",
+            )
+        if text.strip() != written.strip():
+            raise Wrong(f"`tell` returned {short(text)}, and the model wrote {short(written)}.", where)
     if said[0] != said[2]:
         raise Wrong(
             f"seed 1 gave {short(said[0])} and then {short(said[2])}.",
@@ -89,12 +106,13 @@ def check_move_alias(
     move_alias: Callable[[str, str, str, str], bool],
     candidate: PyFuncModel,
     chosen: Model,
-    question: str,
     version: ModelVersion,
 ) -> str:
-    """The alias moves to a version that answers as expected, and to no other; the return value says which."""
+    """The alias moves to a version that is loaded, asked and answers as expected, and to no other; the return
+    value says which."""
     import mlflow
 
+    question = "What is the capital of Italy?"  # not the notebook's, which a function may use unasked
     client, alias = mlflow.MlflowClient(), f"exercise-{uuid.uuid4().hex[:8]}"
     (completion,) = candidate.predict({"messages": chosen.messages(question)})
     text = completion["choices"][0]["message"]["content"]
@@ -106,15 +124,18 @@ def check_move_alias(
         return found and str(found)
 
     try:
-        moved = call(move_alias, alias, version.version, question, never)
-        if at():
-            raise Wrong(
-                f"the alias moved although the answer does not hold {never!r}.",
-                "Set the alias inside an `if` that looks for `expected` in the answer.",
-            )
-        if moved is not False:
-            raise Wrong(f"the gate was shut, and the function returned {short(moved)}.", "Return False then.")
-        moved = call(move_alias, alias, version.version, question, expected)
+        with _loaded() as asked:
+            moved = call(move_alias, alias, version.version, question, never)
+            if at():
+                raise Wrong(
+                    f"the alias moved although the answer does not hold {never!r}.",
+                    "Set the alias inside an `if` that looks for `expected` in the answer.",
+                )
+            if moved is not False:
+                raise Wrong(
+                    f"the gate was shut, and the function returned {short(moved)}.", "Return False then."
+                )
+            moved = call(move_alias, alias, version.version, question, expected)
         if not at():
             raise Wrong(
                 f"the alias did not move, although the answer, {short(text)}, holds {expected!r}.",
@@ -124,6 +145,7 @@ def check_move_alias(
             raise Wrong(f"the alias is at version {at()}, not at {version.version}.", "Set it to `number`.")
         if moved is not True:
             raise Wrong(f"the alias moved, and the function returned {short(moved)}.", "Return True then.")
+        _check_asked(asked, version, question)
     finally:
         client.delete_registered_model_alias(version.name, alias)
     return f"the alias moves when the answer holds {expected!r}, and stays where it does not."
@@ -284,12 +306,17 @@ def check_cities_schema(cities_schema: dict, loaded: PyFuncModel, wrapper: Phi3M
     except Exception as error:
         raise Wrong(f"the model refused it: {short(error)}") from error
     try:
-        json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         raise Wrong(
             f"the answer was cut before it was whole: {short(text)}",
             "A weak model may never end a text: bound each item with maxLength, 20 for example.",
         ) from None
+    if not allows(answer):
+        raise Wrong(
+            f"the model's answer, {text}, breaks it.",
+            "Some keywords do not bind the model; keep to type, items, minItems, maxItems and maxLength.",
+        )
     return f"the shape holds, {text}; what stands in it is up to the model."
 
 
@@ -298,8 +325,8 @@ def check_smallest(smallest: Callable[[pd.DataFrame, float], str], table: pd.Dat
     """Of those that pass the gate, the one with the least on disk is named, whatever was measured."""
     from helpers import evaluation
 
-    reference = evaluation.reference_among(table.index)
-    others = table["size_mb"].drop(reference)
+    table = table.drop(evaluation.BASELINE, errors="ignore")  # it is not for shipping
+    others = table["size_mb"].drop(evaluation.reference_among(table.index))
     if others.empty:
         raise NotChecked("only one candidate was measured; there is nothing to choose from.")
     # The same candidates, as if the smallest were also the worst, by 30 points.
@@ -324,6 +351,66 @@ def check_smallest(smallest: Callable[[pd.DataFrame, float], str], table: pd.Dat
                 "Take the least size_mb among those that pass, and hand max_drop on to the gate.",
             )
     return f"of those that pass, {smallest(table, evaluation.MAX_DROP)} is the smallest here."
+
+
+def _check_asked(asked: list[tuple[str, str]], version: ModelVersion, question: str) -> None:
+    """Whether it was this version that was loaded and asked, and this question that was put to it."""
+    uri = f"models:/{version.name}/{version.version}"
+    questions = [data for loaded, data in asked if loaded in (uri, version.source)]
+    if not questions:
+        others = ", ".join(sorted({loaded for loaded, _ in asked})) or "none"
+        raise Wrong(
+            f"version {version.version} was to be loaded and asked; your function did so with {others}.",
+            "Inside the function: mlflow.pyfunc.load_model(f'models:/slm-transformers/{number}').predict(…).",
+        )
+    if not any(question in data for data in questions):
+        raise Wrong(
+            f"version {version.version} was not asked {question!r}, but {short(questions[-1])}.",
+            "Hand the function's own `question` to chosen.messages(question).",
+        )
+
+
+@contextmanager
+def _answers(chatbot: TextGenerationPipeline) -> Iterator[list[tuple[str, int]]]:
+    """What the pipeline writes in this block: text and number of tokens of each answer."""
+    answers, postprocess = [], chatbot.postprocess
+
+    def postprocess_and_remember(outputs: dict, *args: object, **options: object) -> list[dict]:
+        sequence, asked = outputs["generated_sequence"][0][0], outputs["input_ids"].shape[-1]
+        text = chatbot.tokenizer.decode(sequence[asked:], skip_special_tokens=True)
+        answers.append((text, len(sequence) - asked))
+        return postprocess(outputs, *args, **options)
+
+    chatbot.postprocess = postprocess_and_remember
+    try:
+        yield answers
+    finally:
+        del chatbot.postprocess
+
+
+@contextmanager
+def _loaded() -> Iterator[list[tuple[str, str]]]:
+    """What the models are asked that this block loads: URI and input, as text, of each call."""
+    import mlflow
+
+    asked, load = [], mlflow.pyfunc.load_model
+
+    def load_and_listen(model_uri: str, *args: object, **options: object) -> PyFuncModel:
+        model = load(model_uri, *args, **options)
+        predict = model.predict
+
+        def predict_and_remember(data: Any, *args: object, **options: object) -> Any:
+            asked.append((model_uri, str(data.to_dict() if hasattr(data, "to_dict") else data)))
+            return predict(data, *args, **options)
+
+        model.predict = predict_and_remember
+        return model
+
+    mlflow.pyfunc.load_model = load_and_listen
+    try:
+        yield asked
+    finally:
+        mlflow.pyfunc.load_model = load
 
 
 @contextmanager

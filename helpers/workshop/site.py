@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,23 +36,23 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """The site's pages in the order of the menu; a guide that this checkout lacks is left out."""
-    known = [
+    """The site's pages in the order of the menu."""
+    return [
         Page(ROOT / "README.md", "index.html", "Start"),
         *(Page(path, f"{path.stem}.html", f"Notebook {name}") for name, path in notebooks.NOTEBOOKS.items()),
         Page(ROOT / "TEACHING.md", "teaching.html", "For teachers"),
         Page(ROOT / "benchmarks" / "README.md", "benchmarks.html", "Benchmarks"),
         Page(ROOT / "deploy" / "README.md", "deploy.html", "Deploy"),
+        Page(ROOT / "SECURITY.md", "security.html", "Security"),
     ]
-    return [page for page in known if page.source.exists()]
 
 
 def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -> Path:
     """Write the site, whole or not at all.
 
     Args:
-        executed: folder of a headless run; a notebook that ran there without an error is shown as it ran,
-            otherwise as it was saved in the project.
+        executed: folder of a headless run; a notebook that ran there as it stands now, with its defaults
+            and without an error, is shown as it ran, otherwise as it was saved in the project.
         output: the site's folder; an older site there is replaced.
     Returns:
         Its first page.
@@ -80,7 +79,6 @@ def _write(page: Page, executed: Path, output: Path) -> None:
     from nbconvert import HTMLExporter
 
     book, origin = _read(page.source, executed)
-    _describe_figures(book)
     exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
     body, _ = exporter.from_notebook_node(book)
     soup = BeautifulSoup(body, "html.parser")
@@ -110,29 +108,15 @@ def _read(source: Path, executed: Path) -> tuple[NotebookNode, str]:
     if source.suffix != ".ipynb":
         cell = v4.new_markdown_cell(source.read_text(encoding="utf-8"))
         return v4.new_notebook(cells=[cell]), f"Made from {source.relative_to(ROOT)}."
-    ran = executed / source.name
-    if ran.exists():
-        book = nbformat.read(ran, as_version=4)
-        if not any(output.output_type == "error" for output in _outputs(book)):
-            return book, f"As it ran headless: {source.name}."
-    return nbformat.read(source, as_version=4), f"As it was saved with the project: {source.name}."
-
-
-def _outputs(book: NotebookNode) -> Iterator[NotebookNode]:
-    for cell in book.cells:
-        yield from cell.get("outputs", ())
-
-
-def _describe_figures(book: NotebookNode) -> None:
-    """Give each figure that has no description of its own the text that introduces it."""
-    before = ""
-    for cell in book.cells:
-        if cell.cell_type == "markdown":
-            before = cell.source.strip().split("\n\n")[-1].replace("`", "").replace("*", "")
-        for output in cell.get("outputs", ()):
-            pictures = [kind for kind in output.get("data", ()) if kind.startswith("image/")]
-            if pictures and not any(output.metadata.get(kind, {}).get("alt") for kind in pictures):
-                cell.metadata.setdefault("alt", f"Figure. {before}")
+    saved = nbformat.read(source, as_version=4)
+    if (executed / source.name).exists():
+        ran = nbformat.read(executed / source.name, as_version=4)
+        outputs = [output for cell in ran.cells for output in cell.get("outputs", ())]
+        # papermill puts given parameters into a cell of their own, so these differ, too
+        same = [cell.source for cell in ran.cells] == [cell.source for cell in saved.cells]
+        if same and not any(output.output_type == "error" for output in outputs):
+            return ran, f"As it ran headless: {source.name}."
+    return saved, f"As it was saved with the project: {source.name}."
 
 
 def _redirect(link, page: Page, output: Path) -> None:

@@ -25,7 +25,7 @@ def store(pictures, log_wrapper, tmp_path_factory) -> Iterator[dict]:
 
     Gives experiment_id, model, precision, tokens (question → total) and runs (limit → metrics).
     """
-    name, precision = ("smollm2-135m", "int4") if pictures else ("tiny-phi3", "fp32")
+    name, precision = ("smollm2-135m", "int8") if pictures else ("tiny-phi3", "fp32")
     model = catalog.find(name)
     folder = export.onnx_folder(model, precision)
     before = mlflow.get_tracking_uri()

@@ -1,9 +1,12 @@
 """Each student edition runs to its end; there learners go wrong in many ways, and then right."""
 
+import mlflow
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
+from helpers.models import catalog
 from helpers.workshop import checking, editions, exercises, notebooks
 
 # What a learner might write, what the check says is wrong, and the hint (each in part).
@@ -26,8 +29,15 @@ _WORDS = (
     "best_run = {}"
 )
 _RIGHT_WORDS = "len(row['tags.answer'].split()) / row['metrics.seconds']"
+_TELL = "def tell(question, seed):\n    {}"
 _MOVE = "def move_alias(alias, number, question, expected):\n    {}"
 _SET = "client.set_registered_model_alias('slm-transformers', alias, number)"
+_GATE = _MOVE.format(
+    "(reply,) = {}.predict({{'messages': chosen.messages({})}})\n"
+    "    moves = expected in reply['choices'][0]['message']['content']\n"
+    f"    if moves: {_SET}\n"
+    "    return moves"
+)
 _TRACES = "mlflow.search_traces(return_type='list', {})"
 _MINE = "filter_string=f\"tags.model_version = '{version.name}/{version.version}'\""
 _UNTIL = (
@@ -74,6 +84,24 @@ ATTEMPTS = [
     ),
     ("1.1", f"def tell(question, seed):\n    return {_ASK.format(True)}", "of type list, not str", "content"),
     ("1.1", "def tell(question, seed): raise SystemExit(3)", "raised SystemExit", FIRST_HINT["1.1"]),
+    (
+        "1.1",
+        _TELL.format("return f'seed {seed}'"),
+        "`tell` returned 'seed 1', and `chatbot` was not asked",
+        "Ask inside `tell`",
+    ),
+    (
+        "1.1",
+        _TELL.format("transformers.set_seed(seed); return " + _ASK.replace("16", "17").format(True) + _TEXT),
+        "the model wrote 17 tokens, and at most 16 were asked for",
+        "max_new_tokens=16",
+    ),
+    (
+        "1.1",
+        _TELL.format(f"transformers.set_seed(seed); return 'Once' + {_ASK.format(True)}{_TEXT}"),
+        "`tell` returned 'Once",
+        "The text is reply[0]",
+    ),
     ("1.2", "best_run = runs.run_id[0]", "8 of 8 runs have no metric", "Loop over `runs`"),
     (
         "1.2",
@@ -98,6 +126,48 @@ ATTEMPTS = [
         _MOVE.format(f"if 'elephants' in expected: return False\n    {_SET}; return 'moved'"),
         "the alias moved, and the function returned 'moved'",
         "Return True",
+    ),
+    (
+        "1.3",
+        "other = mlflow.register_model(model_info.model_uri, 'slm-transformers')\n"
+        + _MOVE.format(
+            f"if 'elephants' in expected: return False\n    {_SET.replace('number', 'other.version')}\n"
+            "    return True"
+        ),
+        "the alias is at version 2, not at 1",
+        "Set it to `number`",
+    ),
+    (
+        "1.3",
+        _MOVE.format(f"if 'elephants' in expected: return False\n    {_SET}; return True"),
+        "version 1 was to be loaded and asked; your function did so with none",
+        "Inside the function: mlflow.pyfunc.load_model(",
+    ),
+    (
+        "1.3",
+        _GATE.format("candidate", "question"),
+        "your function did so with none",
+        "load_model(f'models:/slm-transformers/{number}')",
+    ),
+    (
+        "1.3",
+        _GATE.format("mlflow.pyfunc.load_model('models:/slm-transformers@candidate')", "question"),
+        "your function did so with models:/slm-transformers@candidate",
+        "load_model(f'models:/slm-transformers/{number}')",
+    ),
+    (
+        "1.3",
+        "asked_once = mlflow.pyfunc.load_model('models:/slm-transformers/1').predict(\n"
+        "    {'messages': chosen.messages('What is the capital of Italy?')}\n"
+        ")\n"
+        + _MOVE.format(
+            "mlflow.pyfunc.load_model(f'models:/slm-transformers/{number}').predict({'messages': messages})\n"
+            "    moves = expected in asked_once[0]['choices'][0]['message']['content']\n"
+            f"    if moves: {_SET}\n"
+            "    return moves"
+        ),
+        "version 1 was not asked 'What is the capital of Italy?', but",
+        "Hand the function's own `question`",
     ),
     ("1.3", _MOVE.format("return mlflow.pyfunc.load_model('models:/nobody/1')"), "raised", "Load f'models:"),
     ("1.4", f"slowest = {_TRACES.format(_MINE)}[0]", "of type Trace, not str", "trace.info.trace_id"),
@@ -198,6 +268,21 @@ ATTEMPTS = [
         "maxLength",
     ),
     (
+        "2.4",
+        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3, 'uniqueItems': True,\n"
+        "                 'items': {'type': 'string', 'maxLength': 20}}",
+        "the model refused it: ",
+        FIRST_HINT["2.4"],
+    ),
+    (
+        "2.4",
+        "cities_schema = {'x-guidance': {'lenient': True, 'whitespace_flexible': False},\n"
+        "                 'type': 'array', 'minItems': 3, 'maxItems': 3,\n"
+        "                 'items': {'type': 'string', 'maxLength': 20, 'not': {'pattern': '[^A-Za-z]'}}}",
+        "breaks it",
+        "Some keywords do not bind the model",
+    ),
+    (
         "2.5",
         _SMALLEST.format("table['size_mb'].idxmin()"),
         "more than the 5 allowed",
@@ -278,6 +363,29 @@ CHECKS = [value for name, value in vars(exercises).items() if name.startswith("c
 def test_a_check_without_the_cells_above_says_so_instead_of_raising(check, capsys):
     check({})
     assert "Hint: " in capsys.readouterr().out
+
+
+def test_a_model_whose_answer_is_empty_leaves_stopping_unchecked(tiny_phi3_onnx, log_wrapper, capsys):
+    with mlflow.start_run():
+        logged = log_wrapper(tiny_phi3_onnx, {"stop": list(" aehilnorst")})  # one stands at the beginning
+    loaded = mlflow.pyfunc.load_model(logged.model_uri)
+    exercises.check_ask_until(
+        {
+            "ask_until": lambda question, mark: "",
+            "loaded": loaded,
+            "wrapper": loaded.unwrap_python_model(),
+            "chosen": catalog.find("tiny-phi3"),
+        }
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("– Exercise 2.1 was not checked: the model's answer is empty")
+
+
+def test_with_one_candidate_there_is_nothing_to_choose_from(capsys):
+    table = pd.DataFrame({"accuracy": [0.7], "tokens_per_second": [9.0], "size_mb": [131.0]}, index=["int4"])
+    exercises.check_smallest({"smallest": lambda table, max_drop: "int4", "table": table})
+    said = capsys.readouterr().out
+    assert said.startswith("– Exercise 2.5 was not checked: only one candidate was measured")
 
 
 def test_a_check_that_cannot_go_on_is_a_verdict_as_well(capsys):

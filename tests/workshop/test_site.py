@@ -28,12 +28,17 @@ def pages(folder) -> dict[Path, BeautifulSoup]:
     return {path: BeautifulSoup(path.read_text(), "html.parser") for path in folder.glob("*.html")}
 
 
-def test_it_has_the_start_page_both_notebooks_and_the_guides_that_are_there(folder, pages):
+def test_it_has_the_start_page_both_notebooks_and_the_guides(folder, pages):
     names = {path.name for path in pages}
-    assert names == {page.name for page in site.pages()}
-    assert {"index.html", "01_TransformerPipeline.html", "02_CustomPythonWrapper.html"} <= names
-    assert "benchmarks.html" in names
-    assert ("teaching.html" in names) == (site.ROOT / "TEACHING.md").exists()
+    assert names == {
+        "index.html",
+        "01_TransformerPipeline.html",
+        "02_CustomPythonWrapper.html",
+        "teaching.html",
+        "benchmarks.html",
+        "deploy.html",
+        "security.html",
+    }
     for soup in pages.values():
         assert {link["href"] for link in soup.select("header a")} == names
 
@@ -52,6 +57,12 @@ def test_every_link_and_anchor_inside_the_site_leads_somewhere(pages):
                 assert pages[target].find(id=unquote(address.fragment)), element
             crawled += 1
     assert crawled > 50
+
+
+@pytest.mark.parametrize("name", ["index.html", "teaching.html"])
+def test_the_guides_lead_to_other_pages(name, folder, pages):
+    linked = {urlsplit(link["href"]).path for link in pages[folder / name].select("main a[href]")}
+    assert {f"{path.stem}.html" for path in notebooks.NOTEBOOKS.values()} <= linked
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(folder, pages):
@@ -90,16 +101,38 @@ def test_ids_are_unique(pages):
         assert sorted(ids) == sorted(set(ids)), path.name
 
 
-def test_a_notebook_that_ran_is_shown_as_it_ran_and_one_that_stopped_as_it_was_saved(tmp_path):
-    for number, (name, error) in enumerate([("01", False), ("02", True)]):
-        book = nbformat.read(notebooks.NOTEBOOKS[name], as_version=4)
-        book.cells[1].outputs = [nbformat.v4.new_output("stream", text=f"printed by run {number}")]
-        if error:
-            book.cells[1].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]))
-        nbformat.write(book, tmp_path / notebooks.NOTEBOOKS[name].name)
-    built = site.build(executed=tmp_path, output=tmp_path / "site").parent
-    assert "printed by run 0" in (built / "01_TransformerPipeline.html").read_text()
-    assert "printed by run 1" not in (built / "02_CustomPythonWrapper.html").read_text()
+def as_it_is(book):
+    """The notebook as it was saved."""
+
+
+def that_stopped(book):
+    book.cells[1].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]))
+
+
+def with_parameters(book):
+    given = nbformat.v4.new_code_cell("max_new_tokens = 9", metadata={"tags": ["injected-parameters"]})
+    book.cells.insert(4, given)
+
+
+def of_long_ago(book):
+    book.cells[-1].source += "\nA sentence that has gone since."
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [(as_it_is, True), (that_stopped, False), (with_parameters, False), (of_long_ago, False)],
+)
+def test_a_run_of_the_notebook_as_it_is_is_shown_and_any_other_gives_way_to_the_saved_one(
+    change, shown, tmp_path
+):
+    path = notebooks.NOTEBOOKS["01"]
+    book = nbformat.read(path, as_version=4)
+    book.cells[1].outputs = [nbformat.v4.new_output("stream", text="printed by the run")]
+    change(book)
+    nbformat.write(book, tmp_path / path.name)
+    page = site.build(executed=tmp_path, output=tmp_path / "site").with_name("01_TransformerPipeline.html")
+    assert ("printed by the run" in page.read_text()) == shown
+    assert ("As it ran headless" in page.read_text()) == shown
 
 
 def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, monkeypatch):

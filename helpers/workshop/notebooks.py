@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 from helpers import environment, parameters
@@ -240,7 +241,7 @@ def fingerprint(book) -> str:
 
 
 def source(thing: object):
-    """Show the source of a class or function as a highlighted notebook cell, read from its one file."""
+    """Show the source of a class, function or method as a highlighted cell, read from its one file."""
     from IPython.display import Code
 
-    return Code(inspect.getsource(thing), language="python")
+    return Code(textwrap.dedent(inspect.getsource(thing)), language="python")

@@ -603,6 +603,7 @@ def workspaces(tmp_path):
     # fmt: on
     with background.running(command, port, "MLflow", 120) as url:
         mlflow.set_tracking_uri(url)
+        mlflow.set_experiment("models")  # the one that tests before this chose is another store's
         yield url
         mlflow.set_tracking_uri(before)
 

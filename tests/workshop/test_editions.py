@@ -72,7 +72,8 @@ def test_every_exercise_has_its_task_before_it_and_its_check_at_the_end(book):
     for number, cell in enumerate(solutions, 1):
         task = book.cells[book.cells.index(cell) - 1]
         assert task.cell_type == "markdown"
-        assert task.source.startswith(f"### Exercise {list(BOOKS.values()).index(book) + 1}.{number}: ")
+        title = f"### On your own, exercise {list(BOOKS.values()).index(book) + 1}.{number}: "
+        assert task.source.startswith(title)
         assert "A step further: " in task.source
         assert cell.source.splitlines()[-1].startswith("exercises.check_")
 

@@ -1,9 +1,13 @@
 """What tests share: real models, fetched or built once into the normal weights folder."""
 
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ from helpers.models import catalog, export, fetch, onnx_chat_model
 import mlflow  # isort: skip
 
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing in this project needs a pickle
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(name, None)  # a make that a test starts is not a part of the `make test` around it
 # Tests, and the notebooks they start, never write to the reader's own store.
 _STORE = tempfile.TemporaryDirectory(prefix="mlflow-tests-", ignore_cleanup_errors=True)
 os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_STORE.name}/mlflow.db"
@@ -85,3 +91,23 @@ def uv_settings(monkeypatch) -> None:
     settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def pyspark_folder(tmp_path_factory) -> Path:
+    """pyspark in a folder of its own, to be added to this environment for one process at a time."""
+    return tmp_path_factory.mktemp("pyspark")
+
+
+@pytest.fixture
+def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
+    """Environment variables with which a process finds pyspark."""
+    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        pytest.skip("Spark needs Java, and there is none here")
+    if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
+        project = tomllib.loads((environment.ROOT / "pyproject.toml").read_text())["project"]
+        # fmt: off
+        subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
+                        "--target", pyspark_folder, *project["optional-dependencies"]["spark"]], check=True)
+        # fmt: on
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(environment.ROOT)])}

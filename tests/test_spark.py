@@ -1,13 +1,9 @@
 """A table scored by `mlflow.pyfunc.spark_udf`: the model's own answers, keys kept, one load per worker."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
@@ -18,7 +14,6 @@ import pytest
 from helpers import tracking
 from helpers.models import catalog, onnx_chat_model
 
-ROOT = Path(__file__).resolve().parents[1]
 CHAMPION = "models:/slm-onnx@champion"
 PARAMS = {"max_new_tokens": 9}
 ROWS = [
@@ -55,33 +50,7 @@ class Counted(Phi3Model):
 mlflow.models.set_model(Counted())
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (shutil.which("java") or os.environ.get("JAVA_HOME")),
-        reason="Spark needs Java, and there is none here",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def pyspark_folder(tmp_path_factory) -> Path:
-    """pyspark in a folder of its own, to be added to this environment for one process at a time."""
-    return tmp_path_factory.mktemp("pyspark")
-
-
-@pytest.fixture
-def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
-    """Environment variables with which a process finds pyspark."""
-    if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
-        extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
-            "spark"
-        ]
-        # fmt: off
-        subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
-                        "--target", pyspark_folder, *extra], check=True)
-        # fmt: on
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(ROOT)])}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ a time beside the tests, which wait for the scene they speak of.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,21 +32,29 @@ NO_SERVER = ("-p", "serve", "False")
 PAUSE = "import time; time.sleep(60)"
 STAGES = {
     ("01", "fetched"): Fault("fetch.checkpoint(", "from_pretrained"),
+    ("01", "asking directly"): Fault("for chat in (", "generate"),
     ("01", "logging"): Fault("transformers.log_model(", "log_artifacts"),
+    ("01", "reading the signature"): Fault("signature = model_info.signature"),
     ("01", "loading back"): Fault("loaded = mlflow.pyfunc.load_model(", "load_model"),
+    ("01", "trying the contract"): Fault("chat_contract.chat_contract(", "predict"),
     ("01", "comparing runs"): Fault("length-study", "log_metrics"),
     ("01", "registering"): Fault("register_model(", "set_registered_model_alias"),
     ("01", "serving"): Fault("mlflow_server.serve(", "post"),
     ("01", "tracing"): Fault("@mlflow.trace", "update_current_trace"),
     ("02", "exported"): Fault("export.onnx_folder(chosen, precision", "is_complete"),
+    ("02", "reading the wrapper"): Fault("source(onnx_chat_model.Phi3Model.predict)", "source"),
     ("02", "logging"): Fault("custom-python-wrapper", "finalize_logged_model"),
+    ("02", "prompting"): Fault("answers = loaded.predict({", "result"),
+    ("02", "answering many rows"): Fault("few_answers = loaded.predict(", "result"),
     ("02", "streaming"): Fault("predict_stream({", "predict_stream"),
+    ("02", "answering to a schema"): Fault('"json_schema": json.dumps(schema)', "check_params"),
     ("02", "registering"): Fault("client.set_registered_model_alias", "set_registered_model_alias"),
     ("02", "evaluating"): Fault("evaluation.compare(", "score"),
     ("02", "promoting"): Fault("evaluation.promote(table, winner", "set_registered_model_alias"),
     ("02", "serving over REST"): Fault("mlflow_server.serve(", "post"),
     ("02", "serving to OpenAI"): Fault("openai_server.running(", "create"),
 }
+SPARK = Fault("scoring.spark_session(", "load_stream")  # not in STAGES: pyspark is installed for one test
 
 
 def killed_everywhere(number: str, folder: Path) -> dict[str, Ended]:
@@ -281,6 +290,42 @@ def test_after_a_kill_in_every_stage_the_same_store_carries_a_run_to_its_end(num
         for version in client.search_model_versions(f"name = '{name}'"):
             source = mlflow.models.get_model_info(f"models:/{name}/{version.version}").model_id
             assert models[source] == "READY"
+
+
+def sections(number: str) -> dict[str, str]:
+    """Title → the code of each section of a notebook that has code."""
+    found, title = {}, ""
+    for cell in nbformat.read(notebooks.NOTEBOOKS[number], as_version=4).cells:
+        if cell.cell_type == "markdown":
+            *_, title = [title, *re.findall("^## (.+)$", cell.source, re.MULTILINE)]
+        else:
+            found[title] = found.get(title, "") + cell.source
+    return found
+
+
+@pytest.mark.parametrize("number", ["01", "02"])
+def test_every_section_with_code_has_a_stage_in_which_the_kernel_is_killed(number):
+    struck = [
+        fault.cell
+        for (notebook, _), fault in {**STAGES, ("02", "Spark"): SPARK}.items()
+        if notebook == number
+    ]
+    spared = [title for title, code in sections(number).items() if not any(cell in code for cell in struck)]
+    assert spared == ["Set the scene"]  # imports and parameters
+
+
+@pytest.mark.slow
+def test_a_kernel_killed_while_spark_scores_leaves_nothing_and_the_next_run_ends_well(with_pyspark, tmp_path):
+    place = {"store": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": with_pyspark["PYTHONPATH"]}
+    given = ("02", *NO_SERVER, "-p", "spark", "True", "-p", "precision", "fp32")
+    killed = HeadlessRun(tmp_path / "killed", *given, fault=SPARK, **place).end()
+    assert killed.code == 1
+    assert "its kernel was killed" in killed.error
+    assert killed.struck["children"]  # Java, and the workers it started
+    assert (killed.processes, killed.files) == ([], [])
+    again = HeadlessRun(tmp_path / "again", *given, **place).end()
+    assert again.code == 0, again.error
+    assert (again.processes, again.files) == ([], [])
 
 
 def test_what_a_killed_kernel_had_written_of_a_model_is_dropped(scene):

@@ -34,8 +34,7 @@ def listens(process: psutil.Process) -> bool:
 
 @pytest.mark.slow
 def test_eight_clients_for_two_minutes_get_no_wrong_answer_leave_nothing_behind_and_nothing_grows(tmp_path):
-    # Memory takes a step when more long requests meet than before, and two minutes may not see the last one.
-    run = soak("--minutes", 2, *TINY, "--growth", 1.1, "--output", tmp_path)
+    run = soak("--minutes", 2, *TINY, "--output", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     figures = result(tmp_path)["figures"]
     for name in ("wrong answers", "stack traces leaked", "answered 5xx", "server processes that died"):
@@ -49,7 +48,8 @@ def test_eight_clients_for_two_minutes_get_no_wrong_answer_leave_nothing_behind_
     for name in ("whole answer, s", "streamed answer, s", "first streamed text, s"):
         assert 0 < figures[f"{name}: p50"] <= figures[f"{name}: p95"] <= figures[f"{name}: p99"]
     assert len(figures["memory, MB, by quarter"]) == len(figures["handles, by quarter"]) == 4
-    assert figures["handles, last ÷ first quarter"] <= 1.05
+    for name in ("memory, MB", "handles"):
+        assert 0 < figures[f"{name}, last ÷ first quarter"] <= 1.05
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import nbformat
 from nbconvert.exporters import NotebookExporter
 from nbconvert.preprocessors import ClearOutputPreprocessor, Preprocessor
 
+from helpers import environment
 from helpers.workshop import notebooks
 
 BLANK = "...  # your code here"
@@ -78,6 +79,7 @@ def write(output: Path) -> list[Path]:
         _refuse_to_overwrite_work(path)
     for path, book in editions.items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        _relink(book, path.parent)
         book.metadata["written_as"] = _digest(book)
         nbformat.write(book, path)
     return list(editions)
@@ -92,6 +94,14 @@ def student(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     edition = nbformat.reads(text, as_version=4)
     edition.metadata.pop("made_from", None)  # it speaks of outputs
     return edition
+
+
+def _relink(book: nbformat.NotebookNode, folder: Path) -> None:
+    """Let links to the project's files lead there from another folder than `notebooks/`."""
+    root = Path(os.path.relpath(environment.ROOT, folder)).as_posix()
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", f"]({root}/")
 
 
 def _refuse_to_overwrite_work(path: Path) -> None:

@@ -140,7 +140,7 @@ def _fetch(notebook: Path, values: dict[str, object]) -> None:
         else:
             export.onnx_folder(model, wanted["precision"])
     except fetch.ModelUnavailable as error:
-        raise NotebookError(f"{notebook.name} was not started: {type(error).__name__}: {error}") from None
+        raise NotebookError(f"{notebook.name} was not started: {error}") from None
 
 
 @contextlib.contextmanager

@@ -450,7 +450,7 @@ def test_a_tracking_server_that_dies_is_told_and_local_work_is_kept(scene):
 def test_a_corrupted_file_of_the_same_size_is_noticed_with_its_mend(scene):
     _, ended = scene("corrupted")
     assert ended.code == 1
-    assert "ModelUnavailable: model.safetensors in" in ended.error
+    assert "was not started: model.safetensors in" in ended.error
     assert "Delete the folder, and the next run makes it anew" in ended.error
     assert (ended.processes, ended.files) == ([], [])
 

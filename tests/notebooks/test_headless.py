@@ -161,7 +161,7 @@ def test_files_that_cannot_be_had_stop_it_before_the_notebook_with_the_reason(tm
     result = helpers("run", "01", *given, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith(
-        f"error: 01_TransformerPipeline.ipynb was not started: ModelUnavailable: {tmp_path}/mine is not"
+        f"error: 01_TransformerPipeline.ipynb was not started: {tmp_path}/mine is not"
     )
     assert result.stderr.count("\n") == 1
     assert not list((tmp_path / "out").glob("0*"))

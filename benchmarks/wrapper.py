@@ -213,7 +213,8 @@ def memory_growth(folder: str, requests: int = 1000) -> float:
 
 def _mixed_request(loaded: mlflow.pyfunc.PyFuncModel, number: int) -> None:
     """Whole answers, batches, samples, schemas, stop texts, streams to the end and streams left early."""
-    chat = [{"role": "user", "content": f"{number} " * (1 + number % 40)}]
+    length = 1 + 13 * number % 40  # of all sizes among the first ten, too
+    chat = [{"role": "user", "content": f"{number} " * length}]
     prompt = loaded.unwrap_python_model().apply_chat_template(chat)
     kinds = [{}, {"temperature": 0.8, "seed": number}, {"json_schema": SCHEMA}, {"stop": ["e"]}]
     params = {"max_new_tokens": 8} | kinds[number % len(kinds)]

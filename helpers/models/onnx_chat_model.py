@@ -51,6 +51,7 @@ PACKAGES = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml
 SAMPLING = ("temperature", "top_p", "top_k")
 ROLES = ("system", "user", "assistant", "tool")
 KV_BYTES = 2 * 2**30  # for each active batch; a token takes 45 KiB with SmolLM2-135M, 768 KiB with Phi-3-mini
+IDLE = 1.0  # seconds; a thread for each call would cost it half a millisecond, and memory that grows
 ACTIVE_BATCHES = 2  # decoded in turn: behind one long answer nobody waits; behind two, until one of them ends
 PREFILL_TOKENS = 256  # a longer prompt is read alone and in parts: genai holds the GIL while it reads
 BATCH_PREFILL_TOKENS = 1024  # a batch must be read in one go: at most so many tokens, with their padding
@@ -141,7 +142,7 @@ class Completion:
 
 
 class Decoder:
-    """Decodes rows in batches, in one thread that lives while there is work.
+    """Decodes rows in batches, in one thread that lives while there is work, and IDLE seconds more.
 
     Measured with benchmarks/concurrency.py (8 callers, SmolLM2-135M int4, two cores): tokens per second of
     all, and seconds to the first token for one who comes during a long answer: og.Engine 298 and 1.20; this
@@ -151,13 +152,14 @@ class Decoder:
     def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):
         self.model, self.pad, self.max_rows, self.max_tokens = model, pad, max_rows, max_tokens
         self.waiting: dict[object, list[Completion]] = {}  # the rows of each call; the first call is next
-        self.lock, self.running = threading.Lock(), False
+        self.news, self.running = threading.Condition(), False
 
     def submit(self, rows: list[Completion]) -> None:
         """Queue the rows of a call, longest prompt first, and return at once."""
-        with self.lock:
+        with self.news:
             for row in sorted(rows, key=lambda row: -row.prompt_tokens):
                 self.waiting.setdefault(row.call, []).append(row)
+            self.news.notify()
             if not self.running:
                 try:
                     threading.Thread(target=self.run, name="decoder", daemon=True).start()
@@ -167,16 +169,18 @@ class Decoder:
                 self.running = True
 
     def run(self) -> None:
-        """Step the active batches in turn until no row is left."""
+        """Step the active batches in turn until no row is left, and none comes."""
         active = deque()
         while True:
             if len(active) < ACTIVE_BATCHES:
                 busy = {row.call for rows, _ in active for row in rows if not row.finish_reason}
                 self.wait_for_company(busy)
-                with self.lock:
+                with self.news:
                     if rows := self.gather(busy):
                         active.append((rows, self.decode(rows)))
                     elif not active:
+                        if self.news.wait_for(lambda: self.waiting, IDLE):
+                            continue
                         self.running = False
                         return
             rows, steps = active.popleft()

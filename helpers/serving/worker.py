@@ -50,8 +50,6 @@ class Worker:
     """
 
     def __init__(self, model_uri: str, tracking_uri: str, trace_sampling: float = 0.0):
-        # Read by the child: with an arena for each thread, glibc's memory climbs for minutes, to 25 % more.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(

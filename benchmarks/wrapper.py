@@ -200,31 +200,36 @@ def eight_threads_and_one(peers: Peers, requests: int = 2) -> float:
     return alone / (time.perf_counter() - started)
 
 
-def memory_growth(folder: str, requests: int = 1000) -> float:
-    """Memory of this process after 1,000 mixed requests to the model in a folder, ÷ that after 10."""
+def memory_growth(folder: str, requests: int = 1000) -> dict[int, int]:
+    """MB of memory of this process after 10, 100 and 1,000 mixed requests to the model in a folder."""
     loaded, process, after = mlflow.pyfunc.load_model(folder), psutil.Process(), {}
     for number in trange(1, requests + 1, desc="mixed requests"):
         _mixed_request(loaded, number)
-        if number in (10, requests):
+        if number in (10, 100, requests):
             gc.collect()
-            after[number] = process.memory_info().rss
-    return after[requests] / after[10]
+            after[number] = round(process.memory_info().rss / 1e6)
+    return after
 
 
 def _mixed_request(loaded: mlflow.pyfunc.PyFuncModel, number: int) -> None:
-    """Whole answers, batches, samples, schemas, stop texts, streams to the end and streams left early."""
-    length = 1 + 13 * number % 40  # of all sizes among the first ten, too
-    chat = [{"role": "user", "content": f"{number} " * length}]
+    """One of ten sizes and kinds in turn, each time with other words; the first ten show every size.
+
+    Whole answers, batches, samples, schemas, stop texts, a stream to its end and one that is left early.
+    """
+    turn = number % 10
+    chat = [{"role": "user", "content": f"{number:04} " * (1 + 13 * turn % 20)}]
     prompt = loaded.unwrap_python_model().apply_chat_template(chat)
     kinds = [{}, {"temperature": 0.8, "seed": number}, {"json_schema": SCHEMA}, {"stop": ["e"]}]
-    params = {"max_new_tokens": 8} | kinds[number % len(kinds)]
-    if number % 5 == 0:
+    params = {"max_new_tokens": 8} | kinds[turn % len(kinds)]
+    if turn % 5 == 0:
         stream = loaded.predict_stream({"prompt": prompt}, params=params)
         next(stream, None)
-        if number % 2:
+        if turn:
             stream.close()
+        else:
+            list(stream)
     else:
-        loaded.predict({"prompt": [prompt] * (1 + number % 3)}, params=params)
+        loaded.predict({"prompt": [prompt] * (1 + turn % 3)}, params=params)
 
 
 def _milliseconds(seconds: list[float | None]) -> float | None:
@@ -259,11 +264,11 @@ def main() -> None:
                 threads.append(pair[1])
         fresh = multiprocessing.get_context("spawn")  # this process holds every peer's memory
         with ProcessPoolExecutor(1, mp_context=fresh) as alone:
-            growth = alone.submit(memory_growth, peers.folder).result()
-    report(samples, batch, threads, growth, vars(given))
+            memory = alone.submit(memory_growth, peers.folder).result()
+    report(samples, batch, threads, memory, vars(given))
 
 
-def report(samples: dict, batch: list, threads: list, growth: float, settings: dict) -> None:
+def report(samples: dict, batch: list, threads: list, memory: dict, settings: dict) -> None:
     """Print both tables and write the result."""
 
     def ratio(over: str, under: str, column: int = 0) -> float:
@@ -281,7 +286,7 @@ def report(samples: dict, batch: list, threads: list, growth: float, settings: d
                 statistics.median(batch),
                 statistics.median(threads),
                 ratio("pyfunc_wrapper", "bare_genai_loop", 1),
-                growth,
+                memory[1000] / memory[10],
             ),
             strict=True,
         )
@@ -300,7 +305,9 @@ def report(samples: dict, batch: list, threads: list, growth: float, settings: d
     for name, (aim, more) in AIMS.items():
         met = ratios[name] >= aim if more else ratios[name] <= aim
         print(f"{name:<56}{ratios[name]:>9.2f}{'≥' if more else '≤':>4} {aim:<5}{'' if met else 'not met'}")
-    result = {"settings": settings, "peers": peers, "ratios": {k: round(v, 3) for k, v in ratios.items()}}
+    print(f"\nmemory, MB: {', '.join(f'{mb} after {number}' for number, mb in memory.items())}")
+    rounded = {name: round(ratio, 3) for name, ratio in ratios.items()}
+    result = {"settings": settings, "peers": peers, "ratios": rounded, "memory_mb_after": memory}
     print(f"\nwritten: {machine.write('wrapper', result, 'llama-cpp-python').relative_to(Path.cwd())}")
 
 

@@ -145,8 +145,8 @@ class Decoder:
     """Decodes rows in batches, in one thread that lives while there is work, and IDLE seconds more.
 
     Measured with benchmarks/concurrency.py (8 callers, SmolLM2-135M int4, two cores): tokens per second of
-    all, and seconds to the first token for one who comes during a long answer: og.Engine 298 and 1.20; this
-    queue 372 and 1.24 with one active batch, 298 and 0.07 with two, 296 and 0.06 with three.
+    all, and seconds to the first token for one who comes during a long answer: og.Engine 209 and 1.97; this
+    queue 253 and 1.91 with one active batch, 243 and 0.09 with two, 199 and 0.10 with three.
     """
 
     def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int):

@@ -797,6 +797,24 @@ def test_a_model_loaded_twice_in_one_process_answers_the_same(tiny, tiny_phi3_on
     assert ask(load(tiny_phi3_onnx), PROMPTS) == ask(tiny, PROMPTS)
 
 
+def test_calls_in_a_row_share_one_thread_which_ends_when_no_more_come(tiny_phi3_onnx):
+    model, threads = load(tiny_phi3_onnx), set()
+    run = model.decoder.run
+
+    def run_and_remember():
+        threads.add(threading.current_thread())
+        run()
+
+    model.decoder.run = run_and_remember
+    for _ in range(5):
+        ask(model, PROMPTS)
+    (thread,) = threads
+    thread.join(30)
+    assert not model.decoder.running
+    assert ask(model, PROMPTS)  # a new one comes
+    assert len(threads) == 2
+
+
 def test_a_forgotten_model_leaves_no_thread_and_no_memory(tiny_phi3_onnx):
     model = load(tiny_phi3_onnx)
     ask(model, PROMPTS)

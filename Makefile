@@ -76,7 +76,7 @@ student: setup ## write out/student/ (exercises without our solutions) and out/f
 notebooks: setup ## execute the notebooks and save them with their outputs
 	$(RUN) save
 
-bench: setup ## measure the wrapper against its peers, and the servers (compiles llama.cpp once; 20 minutes)
+bench: setup ## measure the wrapper against its peers, and the servers (compiles llama.cpp once; 25 minutes)
 	$(VENV)/uv pip install --python $(VENV)/python -c requirements.lock -e '.[bench]'
 	$(VENV)/python benchmarks/wrapper.py
 	$(VENV)/python benchmarks/concurrency.py

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it)
 
 from helpers import environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model

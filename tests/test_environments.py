@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.environment
 
 QUESTION = "What is the capital of Spain?"
 REQUESTS = {

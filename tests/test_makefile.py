@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from helpers.__main__ import main
 from helpers.environment import ROOT
 
+pytestmark = pytest.mark.command
+
 # Shows how a target calls a program: its words, and what it finds in the environment.
 SHOW = f"""#!{sys.executable}
 import json, os, sys

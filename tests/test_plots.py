@@ -117,6 +117,7 @@ def test_figures_can_be_saved_and_are_not_shown(gated, runs, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.kernel
 def test_jupyter_draws_a_figure_exactly_once():
     import nbformat
     from nbclient import NotebookClient

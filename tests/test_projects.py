@@ -67,6 +67,7 @@ def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_
     assert entry["command"] == f"python -m helpers run {ENTRY_POINTS[entry_point]} {handed_on}"
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp_path):
     """MLflow's own command line for the entry point is run by a shell whose `python` shows its words."""
@@ -89,7 +90,7 @@ def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp
     assert not mark.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.kernel
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_unharmed(
     entry_point, project
@@ -109,7 +110,7 @@ def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_
     assert entry_point.replace("_", "-") in set(runs["tags.mlflow.runName"])  # the notebook's
 
 
-@pytest.mark.slow
+@pytest.mark.kernel
 def test_the_documented_command_runs_as_it_stands(project):
     """Store and output are the clone's own, as a reader's are."""
     command = "mlflow run . -e custom_python_wrapper -P model=tiny-phi3 --env-manager local"
@@ -122,6 +123,7 @@ def test_the_documented_command_runs_as_it_stands(project):
     assert champion.name == "slm-onnx"
 
 
+@pytest.mark.command
 def test_a_bad_parameter_ends_mlflow_run_with_the_sentence_that_says_why(project):
     result = mlflow_run(project, "custom_python_wrapper", "local", model="tiny-phi3", precision="int5")
     assert result.returncode != 0
@@ -129,7 +131,7 @@ def test_a_bad_parameter_ends_mlflow_run_with_the_sentence_that_says_why(project
     assert not (project / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.kernel
 def test_mlflow_run_executes_a_notebook_in_an_environment_made_from_nothing(
     project, uv_settings, monkeypatch
 ):

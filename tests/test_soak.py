@@ -32,7 +32,7 @@ def listens(process: psutil.Process) -> bool:
     return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_eight_clients_for_two_minutes_get_no_wrong_answer_leave_nothing_behind_and_nothing_grows(tmp_path):
     run = soak("--minutes", 2, *TINY, "--output", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -52,7 +52,7 @@ def test_eight_clients_for_two_minutes_get_no_wrong_answer_leave_nothing_behind_
         assert 0 < figures[f"{name}, last ÷ first quarter"] <= 1.05
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_soak_that_finds_growth_fails_and_says_so(tmp_path):
     run = soak("--minutes", 0.2, *TINY, "--growth", 0.1, "--output", tmp_path)
     assert run.returncode == 1
@@ -60,7 +60,7 @@ def test_a_soak_that_finds_growth_fails_and_says_so(tmp_path):
     assert result(tmp_path)["failed"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path):
     run = subprocess.Popen(
         command("--minutes", 5, *TINY, "--output", tmp_path),
@@ -83,6 +83,7 @@ def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path)
     assert result(tmp_path)["figures"]["requests"] > 0
 
 
+@pytest.mark.command
 def test_impossible_settings_are_refused(tmp_path):
     run = soak("--minutes", 0, "--output", tmp_path)
     assert run.returncode == 2

@@ -50,7 +50,7 @@ class Counted(Phi3Model):
 mlflow.models.set_model(Counted())
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.spark
 
 
 @pytest.fixture

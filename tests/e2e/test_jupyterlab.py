@@ -27,7 +27,7 @@ MINUTE = 60_000  # ms
 DEBRIS = re.compile(r"it/s\]|s/it\]|\d+%\|| … \d+:\d\d")
 MADE = re.compile(r"ready in \d+ s$")  # what a model's progress leaves
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

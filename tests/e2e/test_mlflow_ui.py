@@ -13,6 +13,8 @@ from helpers import tracking
 from helpers.models import catalog, export, fetch, onnx_chat_model
 from helpers.serving import background
 
+pytestmark = pytest.mark.browser
+
 COUNTRIES = ("Spain", "France", "Italy", "Japan", "Greece", "Portugal")
 LIMITS = (8, 16, 32)
 SCALE = 16 / 21  # read by the fixture `page`: tables are 1680 points wide on a picture of 1280 pixels

@@ -116,6 +116,7 @@ def test_an_unknown_precision_is_refused():
         export.onnx_folder(TINY, "int5")
 
 
+@pytest.mark.kernel
 def test_a_notebook_keeps_one_line_of_the_work_and_none_when_there_is_none(weights: Path):
     call = "folder = fetch.checkpoint(catalog.find('tiny-phi3'))"
     notebook = nbformat.v4.new_notebook()

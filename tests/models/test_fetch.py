@@ -16,6 +16,8 @@ import pytest
 
 from helpers.models import catalog, fetch, store
 
+pytestmark = pytest.mark.command
+
 TINY = catalog.find("tiny-phi3")
 
 
@@ -266,7 +268,7 @@ def test_a_read_only_weights_folder_is_told_and_stays_empty(weights: Path):
     assert list(weights.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_embedded_model_survives_a_kill_and_is_the_same_everywhere(
     weights: Path, smollm2_checkpoint: Path
 ):

@@ -18,6 +18,8 @@ from local_hub import COMMIT, LocalHub
 
 from helpers.models import fetch, store
 
+pytestmark = pytest.mark.command
+
 CHECKPOINT, ONNX = published.CHECKPOINT.repo, published.ONNX.repo
 LARGE = "model-00002-of-00002.safetensors"
 PIECE = 10 * 2**20  # huggingface_hub writes a file in pieces of 10 MiB

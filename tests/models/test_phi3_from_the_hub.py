@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 
 from helpers.models import catalog, export, fetch, onnx_chat_model, store
 
+pytestmark = pytest.mark.kernel
+
 PHI3 = catalog.find("phi-3-mini")
 # Notes every import of what notebook 02 must not need, in every process that the run starts.
 NOTE_IMPORTS = """

@@ -28,6 +28,8 @@ from helpers.models import store as model_store
 from helpers.serving import background, mlflow_server
 from helpers.workshop import notebooks
 
+pytestmark = pytest.mark.faults
+
 NO_SERVER = ("-p", "serve", "False")
 PAUSE = "import time; time.sleep(60)"
 STAGES = {
@@ -311,7 +313,7 @@ def test_every_section_with_code_has_a_stage_in_which_the_kernel_is_killed(numbe
     assert spared == ["Set the scene"]  # imports and parameters
 
 
-@pytest.mark.slow
+@pytest.mark.spark
 def test_a_kernel_killed_while_spark_scores_leaves_nothing_and_the_next_run_ends_well(with_pyspark, tmp_path):
     place = {"store": f"sqlite:///{tmp_path}/mlflow.db", "PYTHONPATH": with_pyspark["PYTHONPATH"]}
     given = ("02", *NO_SERVER, "-p", "spark", "True", "-p", "precision", "fp32")

@@ -11,6 +11,8 @@ from serving_support import left
 
 from helpers.serving import background
 
+pytestmark = pytest.mark.command
+
 
 def test_a_full_disk_costs_the_log_and_leaves_no_server_behind():
     command = [sys.executable, background.__file__, "sh", "-c", "echo started; exec sleep 600"]

@@ -23,6 +23,8 @@ from helpers.__main__ import main
 from helpers.environment import ROOT
 from helpers.serving import background, classroom
 
+pytestmark = pytest.mark.classroom
+
 LEARNERS = 30
 
 

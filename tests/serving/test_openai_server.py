@@ -30,6 +30,8 @@ from helpers.serving.background import free_port
 from helpers.serving.openai_request import ApiError, ChatRequest, parse
 from helpers.serving.openai_server import API_KEY, serve
 
+pytestmark = pytest.mark.server
+
 QUESTION = [{"role": "user", "content": "Tell me a joke about an atom."}]
 # A penalty below 1 rewards repetition, so that the answer does not end by itself.
 ENDLESS = {"max_tokens": 4000, "extra_body": {"repetition_penalty": 0.2}}
@@ -608,7 +610,6 @@ def workspaces(tmp_path):
         mlflow.set_tracking_uri(before)
 
 
-@pytest.mark.slow
 def test_tracing_finds_the_model_in_its_workspace_and_leaves_its_traces_there(workspaces, tmp_path):
     (tmp_path / "failing_model.py").write_text(FAILING_MODEL)
     with mlflow.start_run():

@@ -16,6 +16,8 @@ from serving_support import connected
 from helpers.environment import ROOT
 from helpers.serving import background
 
+pytestmark = pytest.mark.server
+
 
 def terminal_lines(notebook: str, port: int) -> tuple[str, str, str]:
     """What is typed before serving, the line that serves, and what a second terminal asks."""

@@ -18,7 +18,7 @@ import pytest
 from helpers import environment
 from helpers.models import catalog, export, fetch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # two notebooks and a set-up, on any machine
+pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # two notebooks and a set-up, on any machine
 
 ROOT = environment.ROOT
 # Switches loopback on in a new namespace (SIOCSIFFLAGS: IFF_UP and IFF_RUNNING), then becomes the command.

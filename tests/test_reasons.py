@@ -82,9 +82,11 @@ def collect(tmp_path):
         (tmp_path / "test_it.py").write_text(tests)
         path = os.pathsep.join(map(str, [ROOT / "tests", ROOT / "tests" / "notebooks"]))
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-c", ROOT / "pyproject.toml"]
+        # Only the plugin that pyproject.toml's options need: the others take seconds to import.
+        command += ["-p", "pytest_timeout"]
         return subprocess.run(
             [*command, "--rootdir", tmp_path, *arguments, tmp_path / "test_it.py"],
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             capture_output=True,
             text=True,
         )

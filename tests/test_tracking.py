@@ -207,7 +207,7 @@ def test_a_server_without_workspaces_is_used_as_it_is(sqlite_uri):
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", sqlite_uri,
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # fmt: on
-    with background.running(command, port, "MLflow", 120) as url:
+    with background.running(command, port, "MLflow", 600) as url:
         tracking.connect(url, "Anna")
         with mlflow.start_run() as run:
             mlflow.log_param("kept", "yes")

@@ -122,7 +122,7 @@ def test_a_notebook_keeps_one_line_of_the_work_and_none_when_there_is_none(weigh
     notebook = nbformat.v4.new_notebook()
     sources = ("from helpers.models import catalog, fetch", call, call)
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbclient.NotebookClient(notebook, timeout=300).execute()
+    nbclient.NotebookClient(notebook, timeout=600).execute()
     (line,) = notebook.cells[1].outputs
     assert line.output_type == "display_data"
     assert line.data["text/plain"].startswith("tiny-phi3: 0.6 MB, ready in ")

@@ -152,7 +152,7 @@ def test_fetching_shows_a_bar_in_the_terminal_and_an_interrupt_ends_it(tmp_path)
     while "ready in" not in shown:
         shown += os.read(terminal, 1000).decode()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     os.close(terminal)
     assert re.search(r"tiny-phi3: building … 00:0\d", shown)
     assert re.search(r"tiny-phi3: 0\.6 MB, ready in \d+ s", shown)

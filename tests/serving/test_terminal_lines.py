@@ -50,7 +50,7 @@ def answers(tmp_path, monkeypatch):
             return subprocess.run(["bash", "-ec", line], stdout=subprocess.PIPE, text=True, check=True).stdout
 
         predicted = json.loads(output(before).splitlines()[-1])
-        running = background.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 120)
+        running = background.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 600)
         with connected(store), running:
             asked = [json.loads(output(line)) for line in asking.strip().splitlines()]
         return predicted, asked

@@ -238,7 +238,7 @@ def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_noth
         "--artifacts-destination",
         artifacts,
     ]
-    with background.running([*map(str, command)], port, "a tracking server", 120) as url:
+    with background.running([*map(str, command)], port, "a tracking server", 600) as url:
         findings = doctor(clone, "--tracking-uri", url)[1]
     assert findings["tracking"] == ("OK", f"{url} answers, finds experiments and takes artifacts")
     assert not [path for path in artifacts.rglob("*") if path.is_file()]
@@ -261,7 +261,7 @@ def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
         str(tmp_path),
     ]
     (tmp_path / "health").touch()  # so that it looks healthy
-    with background.running(command, port, "a web server", 60) as url:
+    with background.running(command, port, "a web server", 600) as url:
         state, text = doctor(clone, MLFLOW_TRACKING_URI=url)[1]["tracking"]
     assert (state, text) == (
         "TO DO",

@@ -77,6 +77,7 @@ def test_an_export_alone_is_enough(weights: Path, tiny_phi3_onnx: Path):
     assert not (weights / "tiny-phi3" / "checkpoint").exists()
 
 
+@pytest.mark.models
 def test_a_local_checkpoint_is_exported_under_the_weights_folder(
     weights: Path, tmp_path: Path, tiny_phi3_checkpoint: Path
 ):
@@ -98,6 +99,7 @@ def test_a_local_onnx_folder_is_used_as_it_is(tiny_phi3_onnx: Path):
         fetch.checkpoint(model)
 
 
+@pytest.mark.models
 def test_a_checkpoint_that_cannot_be_exported_says_why_and_leaves_nothing(weights: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()

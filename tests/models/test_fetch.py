@@ -16,8 +16,6 @@ import pytest
 
 from helpers.models import catalog, fetch, store
 
-pytestmark = pytest.mark.command
-
 TINY = catalog.find("tiny-phi3")
 
 
@@ -91,6 +89,7 @@ def children_with(text: str) -> list[str]:
 # Whole or not at all
 
 
+@pytest.mark.models
 def test_a_build_killed_midway_leaves_nothing_finished_and_the_next_try_succeeds(
     weights: Path, tiny_phi3_checkpoint: Path
 ):
@@ -107,6 +106,7 @@ def test_a_build_killed_midway_leaves_nothing_finished_and_the_next_try_succeeds
     assert sorted(path.name for path in folder.parent.iterdir()) == [".checkpoint.lock", "checkpoint"]
 
 
+@pytest.mark.models
 def test_two_processes_at_once_make_it_once(weights: Path):
     first, second = start("tiny-phi3"), start("tiny-phi3")
     wait_until(lambda: list(weights.glob("tiny-phi3/.checkpoint.*-try")))
@@ -118,6 +118,7 @@ def test_two_processes_at_once_make_it_once(weights: Path):
     assert len(tries) == 1
 
 
+@pytest.mark.models
 def test_the_second_call_does_no_work_and_needs_no_right_to_write(copied: Path):
     before = {path: path.stat().st_mtime_ns for path in [copied, *copied.iterdir()]}
     copied.parent.chmod(0o555)  # it could not even make a lock here
@@ -258,6 +259,7 @@ def test_a_full_disk_is_told_before_the_work(package: catalog.Model):
         fetch.checkpoint(replace(package, disk=10**15))
 
 
+@pytest.mark.models
 def test_a_read_only_weights_folder_is_told_and_stays_empty(weights: Path):
     weights.mkdir(mode=0o555)
     said = finish(start("tiny-phi3"))

@@ -18,7 +18,7 @@ from local_hub import COMMIT, LocalHub
 
 from helpers.models import fetch, store
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.models
 
 CHECKPOINT, ONNX = published.CHECKPOINT.repo, published.ONNX.repo
 LARGE = "model-00002-of-00002.safetensors"
@@ -114,6 +114,7 @@ def every_file_came_once(hub: LocalHub) -> bool:
 # What is fetched
 
 
+@pytest.mark.key
 def test_only_weights_tokenizer_configuration_and_licence_are_fetched_and_only_once(hub, weights, content):
     succeed(start(hub, weights), weights)
     checkpoint, onnx = weights / "phi-3-mini" / "checkpoint", weights / "phi-3-mini" / "onnx-int4"

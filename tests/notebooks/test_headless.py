@@ -56,7 +56,7 @@ def test_papermill_runs_it_from_another_folder_with_other_parameters(name, tmp_p
     papermill.execute_notebook(
         notebooks.NOTEBOOKS[name],
         executed,
-        parameters={**TINY, "tracking_uri": store, **extra},
+        parameters={**TINY, "tracking_uri": store, "serve": False, **extra},
         progress_bar=False,
     )
     assert not any((tmp_path / "elsewhere").iterdir())  # nothing is left where it happened to be started

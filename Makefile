@@ -20,8 +20,14 @@ GIVEN := MODEL TRACKING_URI PARAMS PORT MINUTES WEIGHTS_DIR TORCH_BACKEND WHEELH
 $(foreach name,$(GIVEN),$(if $(filter-out undefined,$(origin $(name))),\
   $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
 
-.PHONY: help python doctor setup run test lab ui serve weights wheelhouse notebooks bench rehearsal lock \
-  clean test-browser classroom student site soak audit
+STYLE := $(VENV)/ruff check . && $(VENV)/ruff format --check .
+# tests/reasons.py calls a test slow; --durations and out/tests-*.xml say where the time goes.
+PYTEST := $(VENV)/pytest --durations=20 --durations-min=1
+FAST := $(PYTEST) -m "not slow" --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 tests notebooks
+SLOW := $(PYTEST) -m slow --junitxml=out/tests-slow.xml tests
+
+.PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
+  rehearsal lock clean test-browser classroom student site soak audit
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,9 +44,18 @@ setup: python ## make .venv hold what requirements.lock says
 run: setup ## run both notebooks headless into out/
 	$(RUN) run $${MODEL:+-p model "$$MODEL"} $${TRACKING_URI:+-p tracking_uri "$$TRACKING_URI"} --words "$$PARAMS"
 
-test: setup ## check the style, then run every test
-	$(VENV)/ruff check . && $(VENV)/ruff format --check .
-	$(VENV)/pytest --nbmake --nbmake-timeout=900 tests notebooks
+test: setup ## check the style, run both notebooks and the quick tests (under ten minutes)
+	$(STYLE)
+	$(FAST)
+	@echo "Left out, for they take half an hour: attempts at exercises, browser, classroom, container, environment,"
+	@echo "faults, most of kernel, models and server, network, soak and spark. To run them: make test-slow"
+
+test-slow: setup ## run the tests that make test leaves out (half an hour)
+	$(SLOW)
+
+test-all: setup ## run all that make test and make test-slow run
+	$(STYLE)
+	$(FAST); fast=$$?; $(SLOW) && exit $$fast
 
 test-browser: setup ## look at JupyterLab, MLflow's pages and the site in a real browser (fetches one where none is)
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it)
 
 from helpers import environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model
@@ -82,14 +83,20 @@ def registered_onnx(tiny_phi3_onnx, log_wrapper, tmp_path_factory) -> str:
     return store
 
 
-@pytest.fixture
-def uv_settings(monkeypatch) -> None:
-    """Let uv read what pip is told on this machine; on Linux it takes torch's CPU build."""
+@pytest.fixture(scope="session")
+def uv_variables() -> dict[str, str]:
+    """With these uv reads what pip is told on this machine and, on Linux, takes torch's CPU build."""
     settings = environment.uv_settings(environment.pip_configuration(Path(sys.executable)))
     if sys.platform == "linux" and "UV_FIND_LINKS" not in {*settings, *os.environ}:
         settings.setdefault("UV_TORCH_BACKEND", os.environ.get("UV_TORCH_BACKEND", "cpu"))
     settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for name, value in settings.items():
+    return settings
+
+
+@pytest.fixture
+def uv_settings(uv_variables, monkeypatch) -> None:
+    """Put `uv_variables` into this process's environment."""
+    for name, value in uv_variables.items():
         monkeypatch.setenv(name, value)
 
 

@@ -10,6 +10,8 @@ import pytest
 from helpers import environment
 from helpers.environment import ROOT
 
+pytestmark = pytest.mark.command
+
 
 @contextmanager
 def database(flaws: dict[str, dict]):

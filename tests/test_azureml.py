@@ -51,7 +51,7 @@ def validate(uv_settings, tmp_path):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.environment
 def test_azures_own_package_accepts_the_three_files(validate):
     files = {kind: (AZURE / f"{kind}.yml").read_text() for kind in ("model", "endpoint", "deployment")}
     model, endpoint, deployment = (loaded["holds"] for loaded in validate(*files.items()))
@@ -69,7 +69,7 @@ def test_azures_own_package_accepts_the_three_files(validate):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.environment
 def test_azures_own_package_refuses_what_is_misspelt_mistyped_or_missing(validate):
     deployment = (AZURE / "deployment.yml").read_text()
     wrong = {
@@ -81,6 +81,7 @@ def test_azures_own_package_refuses_what_is_misspelt_mistyped_or_missing(validat
         assert name in answer["refused"]
 
 
+@pytest.mark.command
 def test_the_documented_command_puts_a_saved_model_where_model_yml_looks(registered_onnx, tmp_path):
     line = next(
         line for line in (DEPLOY / "README.md").read_text().splitlines() if "artifacts download" in line

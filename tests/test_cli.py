@@ -9,6 +9,8 @@ import pytest
 from helpers.__main__ import _parser, main
 from helpers.environment import ROOT
 
+pytestmark = pytest.mark.command
+
 
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as ended:

@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 
 from helpers import environment
 
+pytestmark = pytest.mark.command
+
 ROOT = environment.ROOT
 LOCK = environment.LOCK.read_text()
 TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
@@ -108,6 +110,7 @@ def test_a_setting_made_for_uv_itself_stays(monkeypatch):
     assert "UV_DEFAULT_INDEX" not in environment.uv_settings({"index-url": "https://pip.example/simple"})
 
 
+@pytest.mark.environment
 def test_an_unsupported_python_is_refused_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1, "final", 0))
     with pytest.raises(SystemExit, match=r"is not one of 3\.11, 3\.12, 3\.13"):
@@ -137,6 +140,7 @@ def prefix(small_lock, tmp_path_factory) -> Iterator[Path]:
         yield prefix
 
 
+@pytest.mark.environment
 def test_an_environment_that_stands_is_added_to_and_keeps_what_else_is_in_it(prefix, small_lock):
     (prefix / "mine").touch()
     (prefix / environment.STAMP).unlink()
@@ -145,6 +149,7 @@ def test_an_environment_that_stands_is_added_to_and_keeps_what_else_is_in_it(pre
     assert not environment.setup(prefix, small_lock)
 
 
+@pytest.mark.environment
 def test_an_environment_whose_python_is_gone_is_made_anew(prefix, small_lock):
     for python in (prefix / "bin").glob("python*"):
         python.unlink()
@@ -154,6 +159,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(prefix, small_lock):
     assert environment.is_current(prefix, small_lock)
 
 
+@pytest.mark.environment
 def test_an_environment_of_another_version_of_python_is_made_anew(prefix, small_lock):
     (prefix / "bin" / "python").unlink()
     (prefix / "bin" / "python").write_text("#!/bin/sh\necho 3 10\n")  # it is not at hand everywhere
@@ -162,6 +168,7 @@ def test_an_environment_of_another_version_of_python_is_made_anew(prefix, small_
     assert environment.is_current(prefix, small_lock)
 
 
+@pytest.mark.environment
 def test_an_environment_in_another_place_is_made_anew_also_by_its_own_python(prefix, small_lock, tmp_path):
     moved = tmp_path / "other place" / ".venv"
     shutil.copytree(prefix, moved, symlinks=True)

@@ -1,77 +1,78 @@
-"""The environment logged with each model, made again from nothing by uv, gives the same greedy answer."""
+"""`mlflow run` in an environment made from nothing by uv, and the environment that it logs with its model."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
+import nbformat
 import pytest
 
-pytestmark = pytest.mark.slow
+from helpers.environment import ROOT
+from helpers.models import fetch
+from helpers.workshop import notebooks
 
-QUESTION = "What is the capital of Spain?"
-REQUESTS = {
-    "slm-onnx": [{"prompt": QUESTION}, {"prompt": "Tell me a joke about an atom."}],
-    "slm-transformers": {"messages": [{"role": "user", "content": QUESTION}]},
-}
+pytestmark = pytest.mark.environment
+
+PROMPTS = [{"prompt": "What is the capital of Spain?"}, {"prompt": "Tell me a joke about an atom."}]
+CANDIDATE = "models:/slm-onnx@candidate"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    """A store that both notebooks have filled, run as a reader runs them, with the toy model."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    store = f"sqlite:///{folder}/mlflow.db"
-    given = {"model": "tiny-phi3", "precision": "fp32", "tracking_uri": store, "serve": False}
-    command = [sys.executable, "-m", "helpers", "run", "01", "02", "--output", folder]
-    for name, value in given.items():
-        command += ["-p", name, str(value)]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).resolve().parents[1])
-    return store
+def project(uv_variables, tmp_path_factory) -> Path:
+    """A clone after `mlflow run` of notebook 02 for the toy model, in an environment made for it."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("MLproject", "python_env.yaml", "requirements.lock"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("helpers", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    chosen = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    own |= uv_variables | {
+        "WEIGHTS_DIR": str(fetch.weights_dir()),
+        "MLFLOW_ENV_ROOT": f"{folder}/environments",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "run",
+        ".",
+        "-e",
+        "custom_python_wrapper",
+        "--env-manager",
+        "uv",
+    ]
+    for name, value in {"model": "tiny-phi3", "precision": "fp32", "serve": False}.items():
+        command += ["-P", f"{name}={value}"]
+    ran = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return folder
 
 
-@pytest.fixture
-def replay(store, uv_settings, tmp_path, capfd):
-    """Predict in an environment made for this one call; (answer, {package: version} of what uv installed)."""
-
-    def run(name: str) -> tuple[object, dict[str, str]]:
-        mlflow.set_tracking_uri(store)
-        answer = tmp_path / "answer.json"
-        mlflow.models.predict(
-            f"models:/{name}@candidate",
-            input_data=REQUESTS[name],
-            output_path=str(answer),
-            env_manager="uv",
-        )
-        installed = dict(re.findall(r"^ \+ ([\w.-]+)==(\S+)", capfd.readouterr().err, re.MULTILINE))
-        return json.loads(answer.read_text()), installed
-
-    return run
+def test_mlflow_run_executes_a_notebook_in_an_environment_made_from_nothing(project):
+    executed = nbformat.read(project / "out" / notebooks.NOTEBOOKS["02"].name, as_version=4)
+    assert executed.metadata.papermill.parameters["model"] == "tiny-phi3"
+    (environment,) = (project / "environments").iterdir()
+    installed = {path.name.split("-")[0] for path in environment.glob("lib/*/site-packages/*.dist-info")}
+    assert {"mlflow", "onnxruntime_genai", "torch"} <= installed
+    assert not any(name.startswith("nvidia") for name in installed)  # gigabytes that a CPU never uses
 
 
-def requirements(name: str) -> dict[str, str]:
-    lines = Path(mlflow.pyfunc.get_model_dependencies(f"models:/{name}@candidate")).read_text().split()
-    return dict(line.split("==") for line in lines)  # each names one version, or this fails
-
-
-def test_the_onnx_model_answers_alike_in_an_environment_without_torch_and_transformers(replay):
-    replayed, installed = replay("slm-onnx")
-    here = mlflow.pyfunc.load_model("models:/slm-onnx@candidate").predict(REQUESTS["slm-onnx"])
-    assert replayed["predictions"] == here
-    assert requirements("slm-onnx").items() <= installed.items()
-    assert not {"torch", "transformers", "tokenizers", "accelerate"} & installed.keys()
-
-
-def test_the_transformers_model_answers_alike_in_an_environment_without_cuda(replay):
-    (replayed,), installed = replay("slm-transformers")
-    (here,) = mlflow.pyfunc.load_model("models:/slm-transformers@candidate").predict(
-        REQUESTS["slm-transformers"]
+def test_the_logged_model_answers_alike_in_an_environment_without_torch_and_transformers(
+    project, uv_settings, tmp_path, capfd
+):
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    answer = tmp_path / "answer.json"
+    mlflow.models.predict(CANDIDATE, input_data=PROMPTS, output_path=str(answer), env_manager="uv")
+    installed = dict(re.findall(r"^ \+ ([\w.-]+)==(\S+)", capfd.readouterr().err, re.MULTILINE))
+    assert json.loads(answer.read_text())["predictions"] == mlflow.pyfunc.load_model(CANDIDATE).predict(
+        PROMPTS
     )
-    assert replayed["choices"] == here["choices"]
-    assert replayed["usage"] == here["usage"]
-    public = {
-        package: found.partition("+")[0] for package, found in installed.items()
-    }  # 2.13.0+cpu is 2.13.0
-    assert requirements("slm-transformers").items() <= public.items()
-    assert not any(package.startswith("nvidia") for package in installed)
+    lines = Path(mlflow.pyfunc.get_model_dependencies(CANDIDATE)).read_text().split()
+    assert dict(line.split("==") for line in lines).items() <= installed.items()  # each names one version
+    assert not {"torch", "transformers", "tokenizers", "accelerate"} & installed.keys()

@@ -264,14 +264,14 @@ def test_scoring_prints_nothing(store, right_answers, capfd):
     assert captured.out + captured.err == ""
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_same_weights_agree_with_themselves(study):
     table, answers = study
     assert table.loc[["fp32", "copy"], "agreement"].tolist() == [1.0, 1.0]
     assert (answers["copy"] == answers["fp32"]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_pipeline_answers_like_the_onnx_model(study):
     _, answers = study
     # Random weights emit chat tokens inside an answer; after one, onnxruntime-genai's decoder drops a space.
@@ -279,21 +279,21 @@ def test_the_pipeline_answers_like_the_onnx_model(study):
     assert (without_spaces["transformers"] == without_spaces["fp32"]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_answers_stand_beside_their_questions(study):
     _, answers = study
     assert answers.index.tolist() == evaluation.questions()["question"].tolist()
     assert answers.columns.tolist() == ["fp32", "copy", "transformers"]
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_every_cost_is_a_positive_number(study):
     table, _ = study
     costs = table[["tokens_per_second", "first_token_ms", "load_seconds", "memory_mb", "size_mb"]]
     assert (costs > 0).all(axis=None)
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_a_run_holds_model_data_and_figures_together(study):
     table, _ = study
     digests = set()
@@ -310,7 +310,7 @@ def test_a_run_holds_model_data_and_figures_together(study):
     assert len(digests) == 1  # equal questions, equal digest
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_the_logged_model_shows_the_figures_too(study):
     table, _ = study
     row = table.loc["copy"]
@@ -319,7 +319,7 @@ def test_the_logged_model_shows_the_figures_too(study):
     assert metrics["tokens_per_second"] == pytest.approx(row["tokens_per_second"])
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_a_promoted_version_has_the_alias_and_the_evidence(study):
     table = study[0].assign(accuracy=0.6)
     version = mlflow.register_model(f"models:/{table.loc['copy', 'model_id']}", "promoted")
@@ -331,7 +331,7 @@ def test_a_promoted_version_has_the_alias_and_the_evidence(study):
     assert "level with fp32" in promoted.tags["gate"]
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_a_candidate_that_fails_the_gate_is_refused_and_changes_nothing(study):
     table = study[0].assign(accuracy=[0.7, 0.6, 0.7])
     version = mlflow.register_model(f"models:/{table.loc['copy', 'model_id']}", "refused")
@@ -343,7 +343,7 @@ def test_a_candidate_that_fails_the_gate_is_refused_and_changes_nothing(study):
     assert (after.aliases, after.tags) == ([], {})
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_figures_of_one_model_cannot_promote_another(study):
     table = study[0].assign(accuracy=0.6)
     version = mlflow.register_model(f"models:/{table.loc['fp32', 'model_id']}", "mistaken")
@@ -356,11 +356,13 @@ def test_only_what_was_measured_can_be_promoted():
         evaluation.promote(_table(fp32=0.6, int8=0.6), "int5", version=None)
 
 
+@pytest.mark.command
 def test_comparing_nothing_is_a_clear_error():
     with pytest.raises(ValueError, match="There is no candidate"):
         evaluation.compare({}, catalog.find("tiny-phi3"))
 
 
+@pytest.mark.command
 def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
     with pytest.raises(RuntimeError, match=r"could not be loaded and asked: .*MLmodel"):
         evaluation.footprint(tmp_path, [{"role": "user", "content": "Hello"}])

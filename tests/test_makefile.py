@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 from helpers.__main__ import main
 from helpers.environment import ROOT
+
+pytestmark = pytest.mark.command
 
 # Shows how a target calls a program: its words, and what it finds in the environment.
 SHOW = f"""#!{sys.executable}
@@ -145,3 +149,28 @@ def test_make_takes_the_environment_s_python_and_another_when_that_does_not_star
 def test_the_ui_opens_postgresql_with_the_driver_that_is_locked(programs):
     store = called(programs, "ui", TRACKING_URI="postgresql://me@db/mlflow")["store"]
     assert store == "postgresql+psycopg2://me@db/mlflow"
+
+
+def test_make_test_ends_with_every_reason_for_which_a_test_is_left_out_and_how_to_run_it():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    shown = subprocess.run(
+        ["make", "-n", "-o", "setup", "test"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    last = shown.rpartition("pytest")[2].partition("\n")[2]
+    for reason in {line.partition(":")[0] for line in settings["markers"]} - {"command", "key", "slow"}:
+        assert reason in last
+    assert "make test-slow" in last
+
+
+@pytest.mark.parametrize(("fast", "slow", "code"), [(0, 0, 0), (1, 0, 2), (0, 1, 2), (1, 1, 2)])
+def test_make_test_all_runs_both_parts_and_fails_if_either_does(fast, slow, code, tmp_path):
+    (tmp_path / "ruff").write_text("#!/bin/sh\n")
+    (tmp_path / "pytest").write_text(
+        f'#!/bin/sh\ncase "$*" in *"not slow"*) echo fast; exit {fast};; *) echo slow; exit {slow};; esac\n'
+    )
+    for name in ("ruff", "pytest"):
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "-C", ROOT, "-s", "-o", "setup", "test-all", f"VENV={tmp_path}"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == code
+    assert re.findall("^(?:fast|slow)$", made.stdout, re.MULTILINE) == ["fast", "slow"]

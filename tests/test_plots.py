@@ -117,6 +117,7 @@ def test_figures_can_be_saved_and_are_not_shown(gated, runs, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.kernel
 def test_jupyter_draws_a_figure_exactly_once():
     import nbformat
     from nbclient import NotebookClient
@@ -128,7 +129,7 @@ runs = pd.DataFrame({"params.threads": ["1", "2"], "metrics.seconds": [2.0, 1.0]
 plots.runs_plot(runs, "threads", ["seconds"])
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    NotebookClient(notebook, timeout=120).execute()
+    NotebookClient(notebook, timeout=600).execute()
     drawn = [output for output in notebook.cells[0].outputs if "image/png" in output.get("data", {})]
     assert len(drawn) == 1
 

@@ -1,4 +1,4 @@
-"""`mlflow run` executes both notebooks: here, in this environment, and in one made for it."""
+"""`mlflow run` executes both notebooks in this environment (`test_environments.py`: in one made for it)."""
 
 import ast
 import json
@@ -21,7 +21,6 @@ from helpers.workshop import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_POINTS = {"transformer_pipeline": "01", "custom_python_wrapper": "02"}
-ASKED = {"transformer_pipeline": "question", "custom_python_wrapper": "prompt"}
 AWKWARD = """He said: "it's 2 + 3 = 5" & {asked} `why` $HOME; -p \\n?"""
 
 
@@ -67,6 +66,7 @@ def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_
     assert entry["command"] == f"python -m helpers run {ENTRY_POINTS[entry_point]} {handed_on}"
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp_path):
     """MLflow's own command line for the entry point is run by a shell whose `python` shows its words."""
@@ -89,27 +89,23 @@ def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp
     assert not mark.exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_unharmed(
-    entry_point, project
-):
-    precision = {"precision": "fp32"} if entry_point == "custom_python_wrapper" else {}
-    asked = {ASKED[entry_point]: AWKWARD, "experiment": "a project's run", "serve": False, **precision}
-    result = mlflow_run(project, entry_point, "local", model="tiny-phi3", max_new_tokens=48, **asked)
+@pytest.mark.kernel
+def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_unharmed(project):
+    asked = {"question": AWKWARD, "experiment": "a project's run", "serve": False, "max_new_tokens": 48}
+    result = mlflow_run(project, "transformer_pipeline", "local", model="tiny-phi3", **asked)
     assert result.returncode == 0, result.stderr
-    given = executed(project, entry_point)
-    assert given[ASKED[entry_point]] == AWKWARD
+    given = executed(project, "transformer_pipeline")
+    assert given["question"] == AWKWARD
     assert (given["max_new_tokens"], given["offline"], given["serve"]) == (48, False, False)
 
     tracking.connect(f"sqlite:///{project}/mlflow.db", "a project's run")
     runs = mlflow.search_runs(experiment_names=["Default", "a project's run"])
     assert set(runs.status) == {"FINISHED"}
-    assert (runs["tags.mlflow.project.entryPoint"] == entry_point).sum() == 1  # mlflow's own run
-    assert entry_point.replace("_", "-") in set(runs["tags.mlflow.runName"])  # the notebook's
+    assert (runs["tags.mlflow.project.entryPoint"] == "transformer_pipeline").sum() == 1  # mlflow's own run
+    assert "transformer-pipeline" in set(runs["tags.mlflow.runName"])  # the notebook's
 
 
-@pytest.mark.slow
+@pytest.mark.kernel
 def test_the_documented_command_runs_as_it_stands(project):
     """Store and output are the clone's own, as a reader's are."""
     command = "mlflow run . -e custom_python_wrapper -P model=tiny-phi3 --env-manager local"
@@ -122,23 +118,9 @@ def test_the_documented_command_runs_as_it_stands(project):
     assert champion.name == "slm-onnx"
 
 
+@pytest.mark.command
 def test_a_bad_parameter_ends_mlflow_run_with_the_sentence_that_says_why(project):
     result = mlflow_run(project, "custom_python_wrapper", "local", model="tiny-phi3", precision="int5")
     assert result.returncode != 0
     assert "precision='int5' is not one of fp32, int8, int4" in result.stderr
     assert not (project / "out").exists()
-
-
-@pytest.mark.slow
-def test_mlflow_run_executes_a_notebook_in_an_environment_made_from_nothing(
-    project, uv_settings, monkeypatch
-):
-    monkeypatch.setenv("MLFLOW_ENV_ROOT", str(project / "environments"))
-    asked = {"model": "tiny-phi3", "precision": "fp32", "serve": False}
-    result = mlflow_run(project, "custom_python_wrapper", "uv", **asked)
-    assert result.returncode == 0, result.stderr
-    assert executed(project, "custom_python_wrapper")["model"] == "tiny-phi3"
-    (environment,) = (project / "environments").iterdir()
-    installed = {path.name.split("-")[0] for path in environment.glob("lib/*/site-packages/*.dist-info")}
-    assert {"mlflow", "onnxruntime_genai", "torch"} <= installed
-    assert not any(name.startswith("nvidia") for name in installed)  # gigabytes that a CPU never uses

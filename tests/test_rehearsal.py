@@ -28,6 +28,7 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.models
 def test_every_step_is_measured(place: Path):
     steps = json.loads((place / "rehearsal.json").read_text())["steps"]
     for name, figures in steps.items():
@@ -38,6 +39,7 @@ def test_every_step_is_measured(place: Path):
     assert all(steps[name]["bytes_per_token"] < 2e6 for name in answering)
 
 
+@pytest.mark.models
 def test_logging_in_place_adds_the_model_once(place: Path):
     steps = json.loads((place / "rehearsal.json").read_text())["steps"]
     for flow in ("transformers", "onnx"):
@@ -47,6 +49,7 @@ def test_logging_in_place_adds_the_model_once(place: Path):
         assert logged["most_disk_bytes"] < logged["logged_bytes"] + journal
 
 
+@pytest.mark.models
 def test_what_is_done_is_not_done_again_and_what_was_interrupted_is(place: Path):
     (place / "tiny" / "results" / "onnx_answer.json").unlink()
     written = (place / "tiny" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
@@ -56,6 +59,7 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_is(place: Path)
     assert (place / "tiny" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.command
 def test_without_room_it_says_what_it_needs_and_leaves_nothing(tmp_path: Path):
     refused = rehearse("--layers", 10**9, "--folder", tmp_path / "place", "--output", tmp_path)
     assert refused.returncode == 1
@@ -65,6 +69,7 @@ def test_without_room_it_says_what_it_needs_and_leaves_nothing(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("precision", ["int8", "int4"])  # made by different quantisers
 def test_the_lean_builder_writes_what_the_builder_writes(precision: str, tmp_path: Path):
     model = catalog.find("tiny-phi3")

@@ -32,35 +32,36 @@ def listens(process: psutil.Process) -> bool:
     return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
 
 
-@pytest.mark.slow
-def test_eight_clients_for_two_minutes_get_no_wrong_answer_leave_nothing_behind_and_nothing_grows(tmp_path):
-    run = soak("--minutes", 2, *TINY, "--output", tmp_path)
-    assert run.returncode == 0, run.stdout + run.stderr
-    figures = result(tmp_path)["figures"]
+@pytest.mark.soak
+def test_eight_clients_get_no_wrong_answer_leave_nothing_behind_and_growth_fails_the_soak(
+    tmp_path, monkeypatch
+):
+    run = soak("--minutes", 0.5, *TINY, "--growth", 0.1, "--output", tmp_path)  # no memory shrinks like that
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "FAILED: memory, MB, last ÷ first quarter: " in run.stderr
+    measured = result(tmp_path)
+    assert {sentence.partition(",")[0].partition(" ")[0] for sentence in measured["failed"]} == {
+        "memory",
+        "handles",
+    }
+    figures = measured["figures"]
     for name in ("wrong answers", "stack traces leaked", "answered 5xx", "server processes that died"):
         assert figures[name] == 0
     assert figures["requests left in progress"] == figures["processes left after SIGTERM"] == 0
-    assert figures["compared with the greedy reference"] > 100
-    assert figures["refused 4xx"] > 10
-    assert figures["left by the client"] > 10
+    assert figures["compared with the greedy reference"] > 8  # each client had some
+    assert figures["refused 4xx"] > 0
+    assert figures["left by the client"] > 0
     parts = [figures[name] for name in ("answered 200", "refused 4xx", "left by the client")]
     assert sum(parts) == figures["requests"]  # each is counted once
     for name in ("whole answer, s", "streamed answer, s", "first streamed text, s"):
         assert 0 < figures[f"{name}: p50"] <= figures[f"{name}: p95"] <= figures[f"{name}: p99"]
     assert len(figures["memory, MB, by quarter"]) == len(figures["handles, by quarter"]) == 4
-    for name in ("memory, MB", "handles"):
-        assert 0 < figures[f"{name}, last ÷ first quarter"] <= 1.05
+    # Half a minute cannot tell growth from filling caches; half an hour has (see the last test).
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    assert importlib.import_module("soak").checks(figures, 2) == []
 
 
-@pytest.mark.slow
-def test_a_soak_that_finds_growth_fails_and_says_so(tmp_path):
-    run = soak("--minutes", 0.2, *TINY, "--growth", 0.1, "--output", tmp_path)
-    assert run.returncode == 1
-    assert "FAILED: memory, MB, last ÷ first quarter: " in run.stderr
-    assert result(tmp_path)["failed"]
-
-
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path):
     run = subprocess.Popen(
         command("--minutes", 5, *TINY, "--output", tmp_path),
@@ -68,13 +69,13 @@ def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path)
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (servers := [child for child in psutil.Process(run.pid).children() if listens(child)]):
         assert time.monotonic() < deadline, "no server came"
         time.sleep(0.5)
     time.sleep(5)  # the clients begin
     servers[0].kill()
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 1
     assert "| requests |" in out
     assert "FAILED: server processes that died: " in err
@@ -83,6 +84,7 @@ def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path)
     assert result(tmp_path)["figures"]["requests"] > 0
 
 
+@pytest.mark.command
 def test_impossible_settings_are_refused(tmp_path):
     run = soak("--minutes", 0, "--output", tmp_path)
     assert run.returncode == 2

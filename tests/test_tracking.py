@@ -15,6 +15,8 @@ from helpers import faults, parameters, tracking
 from helpers.models import onnx_chat_model
 from helpers.serving import background, classroom
 
+pytestmark = pytest.mark.command
+
 
 @pytest.fixture
 def sqlite_uri(tmp_path):
@@ -60,6 +62,7 @@ def postgresql_uri():
             yield uri.replace("postgresql+psycopg2:", "postgresql:")
 
 
+@pytest.mark.server
 def test_a_postgresql_database_is_a_store_here_and_for_child_processes(postgresql_uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parameters.check(model="tiny-phi3", tracking_uri=postgresql_uri)
@@ -197,13 +200,14 @@ def test_an_experiment_s_workspace_has_a_name_that_mlflow_takes(experiment, name
     WorkspaceNameValidator.validate(name)
 
 
+@pytest.mark.server
 def test_a_server_without_workspaces_is_used_as_it_is(sqlite_uri):
     port = background.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", sqlite_uri,
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # fmt: on
-    with background.running(command, port, "MLflow", 120) as url:
+    with background.running(command, port, "MLflow", 600) as url:
         tracking.connect(url, "Anna")
         with mlflow.start_run() as run:
             mlflow.log_param("kept", "yes")

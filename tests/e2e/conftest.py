@@ -14,7 +14,7 @@ try:
 except ImportError:  # each file of tests says so and is skipped
     Browser = Page = None
 else:
-    expect.set_options(timeout=60_000)  # a page that is still loading on a busy machine is not wrong
+    expect.set_options(timeout=300_000)  # a page that is still loading on a busy machine is not wrong
 
 SCREENSHOTS = ROOT / "out" / "screenshots"
 
@@ -54,7 +54,7 @@ def page(browser, request) -> Iterator[Page]:
         locale="en-GB",
         timezone_id="UTC",
     ) as context:
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(300_000)
         yield context.new_page()
 
 

@@ -20,31 +20,28 @@ from playwright.sync_api import Page, expect
 
 from helpers.environment import ROOT
 from helpers.serving import background
-from helpers.workshop import checking, editions, notebooks
+from helpers.workshop import notebooks
 
 MINUTE = 60_000  # ms
 # Bars that are counted, and a stage of `store.Progress` that is not.
 DEBRIS = re.compile(r"it/s\]|s/it\]|\d+%\|| … \d+:\d\d")
 MADE = re.compile(r"ready in \d+ s$")  # what a model's progress leaves
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def folder(pictures, tmp_path_factory) -> Path:
-    """The notebooks without outputs, and the student edition in student/; for the toy model unless pictures
-    are to be taken, and without the sections that start servers in the student edition."""
+    """The notebooks without outputs; for the toy model unless pictures are to be taken."""
     folder = tmp_path_factory.mktemp("lab")
-    (student, full) = (editions.write(folder)[0].parent, folder)
     for path in notebooks.NOTEBOOKS.values():
         book = nbformat.read(path, as_version=4)
         for cell in book.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
-        nbformat.write(book, full / path.name)
-        replaced = [] if pictures else [('model: str = "smollm2-135m"', 'model: str = "tiny-phi3"')]
-        _set_parameters(full / path.name, replaced)
-        _set_parameters(student / path.name, [*replaced, ("serve: bool = True", "serve: bool = False")])
+        nbformat.write(book, folder / path.name)
+        if not pictures:
+            _set_parameters(folder / path.name, [('model: str = "smollm2-135m"', 'model: str = "tiny-phi3"')])
     return folder
 
 
@@ -99,7 +96,7 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):
@@ -143,24 +140,6 @@ def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, p
     picture(f"jupyterlab-{name}", readme=name == "01")
 
 
-@pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
-def test_the_student_edition_runs_to_its_end_and_every_exercise_gives_its_hint(
-    name, lab, folder, page, picture
-):
-    file = f"student/{notebooks.NOTEBOOKS[name].name}"
-    cells = _run_all(page, lab, folder / file, file, picture)
-    exercises = [cell for cell in cells if "exercise" in cell.metadata.get("tags", ())]
-    assert len(exercises) >= 4
-    for cell in exercises:
-        (output,) = cell.outputs
-        assert output.text.startswith(checking.NOT_YET)
-        assert "Hint: " in output.text
-    hint = page.locator(".jp-OutputArea-output").filter(has_text="Hint:").first
-    hint.evaluate("element => element.scrollIntoView({block: 'center'})")
-    expect(hint).to_be_visible()
-    picture(f"jupyterlab-{name}-student")
-
-
 def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbformat.NotebookNode]:
     """Open, Run All Cells, wait for the end, save; the code cells as saved, with neither error nor debris."""
     page.goto(lab.format(file))
@@ -169,8 +148,8 @@ def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbfor
     last = page.locator(".jp-CodeCell .jp-InputPrompt").last
     noise = page.locator("[data-mime-type='application/vnd.jupyter.stderr']")  # errors have this type, too
     end = last.filter(has_text=f"[{len(_code(path))}]:").or_(noise)
-    expect(end.first).to_be_visible(timeout=10 * MINUTE)
-    picture(f"jupyterlab-{file.partition('_')[0].replace('/', '-')}-end")
+    expect(end.first).to_be_visible(timeout=30 * MINUTE)
+    picture(f"jupyterlab-{file.partition('_')[0]}-end")
     assert noise.all_inner_texts() == []
     _wait_until_idle(page)
 
@@ -188,7 +167,7 @@ def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbfor
 
 def _wait_until_idle(page: Page) -> None:
     kernel = page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) |")
-    expect(kernel).to_have_text("Python 3 (ipykernel) | Idle", timeout=2 * MINUTE)
+    expect(kernel).to_have_text("Python 3 (ipykernel) | Idle", timeout=10 * MINUTE)
 
 
 def _code(path: Path) -> list[nbformat.NotebookNode]:

@@ -13,6 +13,8 @@ from helpers import tracking
 from helpers.models import catalog, export, fetch, onnx_chat_model
 from helpers.serving import background
 
+pytestmark = pytest.mark.browser
+
 COUNTRIES = ("Spain", "France", "Italy", "Japan", "Greece", "Portugal")
 LIMITS = (8, 16, 32)
 SCALE = 16 / 21  # read by the fixture `page`: tables are 1680 points wide on a picture of 1280 pixels
@@ -102,7 +104,7 @@ def ui(store, page) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", mlflow.get_tracking_uri(),
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # fmt: on
-    with background.running(command, port, "MLflow's UI", 120) as url:
+    with background.running(command, port, "MLflow's UI", 600) as url:
         page.goto(url)
         page.locator("[data-component-id='mlflow.assistant.chat_panel.close']").click()
         yield url

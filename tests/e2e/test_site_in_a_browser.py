@@ -4,6 +4,8 @@ import pytest
 
 from helpers.workshop import site
 
+pytestmark = pytest.mark.browser
+
 axe = pytest.importorskip(
     "axe_playwright_python.sync_playwright", reason="Playwright or axe is missing; `make setup` installs them"
 )

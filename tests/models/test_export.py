@@ -77,6 +77,7 @@ def test_an_export_alone_is_enough(weights: Path, tiny_phi3_onnx: Path):
     assert not (weights / "tiny-phi3" / "checkpoint").exists()
 
 
+@pytest.mark.models
 def test_a_local_checkpoint_is_exported_under_the_weights_folder(
     weights: Path, tmp_path: Path, tiny_phi3_checkpoint: Path
 ):
@@ -98,6 +99,7 @@ def test_a_local_onnx_folder_is_used_as_it_is(tiny_phi3_onnx: Path):
         fetch.checkpoint(model)
 
 
+@pytest.mark.models
 def test_a_checkpoint_that_cannot_be_exported_says_why_and_leaves_nothing(weights: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -116,12 +118,13 @@ def test_an_unknown_precision_is_refused():
         export.onnx_folder(TINY, "int5")
 
 
+@pytest.mark.kernel
 def test_a_notebook_keeps_one_line_of_the_work_and_none_when_there_is_none(weights: Path):
     call = "folder = fetch.checkpoint(catalog.find('tiny-phi3'))"
     notebook = nbformat.v4.new_notebook()
     sources = ("from helpers.models import catalog, fetch", call, call)
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbclient.NotebookClient(notebook, timeout=300).execute()
+    nbclient.NotebookClient(notebook, timeout=600).execute()
     (line,) = notebook.cells[1].outputs
     assert line.output_type == "display_data"
     assert line.data["text/plain"].startswith("tiny-phi3: 0.6 MB, ready in ")

@@ -301,6 +301,7 @@ def test_a_model_that_needs_pickle_is_refused_with_the_reason(tmp_path):
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
+@pytest.mark.command
 def test_the_openai_server_refuses_a_pickled_model_with_one_sentence(tmp_path):
     from helpers.serving import openai_server
 

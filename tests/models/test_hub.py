@@ -18,6 +18,8 @@ from local_hub import COMMIT, LocalHub
 
 from helpers.models import fetch, store
 
+pytestmark = pytest.mark.models
+
 CHECKPOINT, ONNX = published.CHECKPOINT.repo, published.ONNX.repo
 LARGE = "model-00002-of-00002.safetensors"
 PIECE = 10 * 2**20  # huggingface_hub writes a file in pieces of 10 MiB
@@ -76,7 +78,7 @@ def start(hub: LocalHub | str, weights: Path, *arguments: str, **environment: st
 
 
 def succeed(process: subprocess.Popen, weights: Path) -> None:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert err == ""  # no warning, no debris of a progress bar
     assert [line.rpartition("/")[2] for line in out.splitlines()] == ["checkpoint: whole", "onnx-int4: whole"]
@@ -87,14 +89,14 @@ def succeed(process: subprocess.Popen, weights: Path) -> None:
 
 def fail(process: subprocess.Popen, weights: Path, code: int = 1) -> str:
     """The one sentence it ends with; no folder that could be taken for a finished one is left."""
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code
     assert err.count("\n") == 1, err
     assert not (weights / "phi-3-mini" / "checkpoint").exists()
     return err.strip().removeprefix("error: ")
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came"
@@ -112,6 +114,7 @@ def every_file_came_once(hub: LocalHub) -> bool:
 # What is fetched
 
 
+@pytest.mark.key
 def test_only_weights_tokenizer_configuration_and_licence_are_fetched_and_only_once(hub, weights, content):
     succeed(start(hub, weights), weights)
     checkpoint, onnx = weights / "phi-3-mini" / "checkpoint", weights / "phi-3-mini" / "onnx-int4"
@@ -218,7 +221,7 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_next_command_goes_on(hub
     assert process.stdout.readline() == "full\n"
     hub.slow.clear()
     hub.ended.set()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     sentence = (
         f"The disk of {weights}/phi-3-mini was full before phi-3-mini was whole. "
         "Free some, or set WEIGHTS_DIR to a folder on another disk."

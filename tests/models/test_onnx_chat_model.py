@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -337,10 +336,10 @@ def test_a_stop_text_held_back_at_the_end_of_the_answer_is_given(tiny):
     assert (list(row), row.text, row.finish_reason) == (["a", "b"], "ab", "length")
 
 
+@pytest.mark.timeout(120)  # trying each beginning of that text would take hours
 def test_a_long_stop_text_does_not_hold_up_the_decoder(tiny):
-    row, started = completion(tiny, stop=["q" * 200_000]), time.perf_counter()
+    row = completion(tiny, stop=["q" * 20_000_000])
     push(tiny, row, "a quick question.")
-    assert time.perf_counter() - started < 1
     row.close()
     assert row.text == "a quick question."
 

@@ -6,7 +6,6 @@ What is published here is Phi-3-mini in everything but size and knowledge; see p
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from local_hub import LocalHub
 from transformers import AutoTokenizer
 
 from helpers.models import catalog, export, fetch, onnx_chat_model, store
+
+pytestmark = pytest.mark.kernel
 
 PHI3 = catalog.find("phi-3-mini")
 # Notes every import of what notebook 02 must not need, in every process that the run starts.
@@ -52,16 +53,24 @@ def hub(tiny_phi3_checkpoint: Path, tiny_int4: Path) -> Iterator[LocalHub]:
 
 @pytest.fixture(scope="module")
 def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """Both notebooks after one command on an empty machine: its store, weights, pages and the Hub's log."""
+    """Both notebooks on an empty machine, 02 first: its store, weights, pages, imports and the Hub's log."""
     place = tmp_path_factory.mktemp("phi3")
     uri = f"sqlite:///{place}/mlflow.db"
-    _helpers(hub, place, "run", "-p", "tracking_uri", uri, "--output", place / "out")
+    given = ("-p", "tracking_uri", uri, "--output", place / "out")
+    (place / "sitecustomize.py").write_text(NOTE_IMPORTS)
+    path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    notes = place / "imports.txt"
+    _helpers(hub, place, "run", "02", *given, PYTHONPATH=path, NOTES=str(notes))
+    weights = place / "weights" / "phi-3-mini"
+    alone = [folder.name for folder in weights.iterdir()]
+    _helpers(hub, place, "run", "01", *given)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
-    weights = place / "weights" / "phi-3-mini"
     checkpoint, onnx = weights / "checkpoint", weights / "onnx-int4"
     asked = [(repo, path) for _, repo, path in hub.asked]
-    yield SimpleNamespace(place=place, checkpoint=checkpoint, onnx=onnx, asked=asked)
+    yield SimpleNamespace(
+        place=place, checkpoint=checkpoint, onnx=onnx, asked=asked, notes=notes, after_02=alone
+    )
     mlflow.set_tracking_uri(before)
 
 
@@ -74,7 +83,6 @@ def _helpers(hub: LocalHub, place: Path, *arguments: object, **environment: str)
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=800,
     )
     assert result.returncode == 0, result.stderr
 
@@ -136,19 +144,9 @@ def test_notebook_02_logs_the_published_folder_byte_for_byte(run, hub: LocalHub)
     assert "torch" not in needs
 
 
-def test_notebook_02_alone_needs_neither_torch_nor_a_conversion_nor_a_second_download(run, hub: LocalHub):
-    """What notebook 01 has fetched is taken away; the network stays unused."""
-    place = run.place / "alone"
-    shutil.copytree(run.onnx, place / "weights" / "phi-3-mini" / "onnx-int4")
-    (place / "sitecustomize.py").write_text(NOTE_IMPORTS)
-    path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
-    before = hub.requests
-    given = ("-p", "tracking_uri", f"sqlite:///{place}/mlflow.db", "-p", "offline", True)
-    notes = place / "imports.txt"
-    _helpers(hub, place, "run", "02", *given, "--output", place / "out", PYTHONPATH=path, NOTES=str(notes))
-    assert not notes.exists(), notes.read_text()
-    assert hub.requests == before
-    assert [path.name for path in (place / "weights" / "phi-3-mini").iterdir()] == ["onnx-int4"]
+def test_notebook_02_needs_neither_torch_nor_a_conversion_nor_the_checkpoint(run):
+    assert not run.notes.exists(), run.notes.read_text()
+    assert run.after_02 == ["onnx-int4"]
 
 
 def test_imports_of_torch_would_have_been_noted(tmp_path: Path):

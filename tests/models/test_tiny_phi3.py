@@ -59,6 +59,7 @@ def prompt(tokenizer, question: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.command
 def test_two_builds_are_identical_to_the_byte(tiny_phi3_checkpoint: Path, tmp_path: Path):
     subprocess.run([sys.executable, "-m", "helpers.models.tiny_phi3", tmp_path], check=True)
     names = sorted(path.name for path in tmp_path.iterdir())

@@ -103,7 +103,7 @@ class HeadlessRun:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under `pytest &`
             )
 
-    def wait_until_struck(self, seconds: float = 600) -> None:
+    def wait_until_struck(self, seconds: float = 1800) -> None:
         """Return when the fault has struck."""
         deadline = time.monotonic() + seconds
         while not self.note.exists():
@@ -111,7 +111,7 @@ class HeadlessRun:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def end(self, timeout: float = 600, keep_temporary: bool = False) -> Ended:
+    def end(self, timeout: float = 1800, keep_temporary: bool = False) -> Ended:
         """Wait for the command to end, give what it started some seconds to follow, and count the rest."""
         try:
             code = self.process.wait(timeout)
@@ -130,7 +130,7 @@ class HeadlessRun:
             shutil.rmtree(self.temporary)
         return ended
 
-    def _left_processes(self, seconds: float = 20) -> list[str]:
+    def _left_processes(self, seconds: float = 120) -> list[str]:
         deadline = time.monotonic() + seconds
         while (left := list(self._marked())) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -24,7 +24,7 @@ def connected(uri: str) -> Iterator[None]:
         mlflow.set_workspace(None)
 
 
-def left(processes: list[psutil.Process], seconds: float = 30) -> list[psutil.Process]:
+def left(processes: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
     """Those that still run after a while; one that only waits to be reaped by the first process does not."""
     deadline = time.monotonic() + seconds
     while True:

@@ -14,11 +14,14 @@ from pathlib import Path
 import httpx
 import nbformat
 import psutil
+import pytest
 from serving_support import connected, left
 
 from helpers.environment import ROOT
 from helpers.serving import background, mlflow_server, openai_server
 from helpers.workshop import notebooks
+
+pytestmark = pytest.mark.server
 
 LOOPBACK = {"127.0.0.1", "::1"}
 
@@ -47,7 +50,7 @@ def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
     )
     family = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not answers(url):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline, f"{url} never answered"
@@ -56,7 +59,7 @@ def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
         yield family[0]
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        for member in left(family, seconds=5):
+        for member in left(family):
             member.kill()
         process.communicate()
 
@@ -120,7 +123,7 @@ def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
         headers = {"Authorization": f"token {token}"}
         assert httpx.get(f"{url}/kernels").status_code == 403
         assert httpx.post(f"{url}/kernels", headers=headers, json={}, timeout=60).status_code == 201
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while (
             len(heard := listening(process)) < 6 and time.monotonic() < deadline
         ):  # a kernel has five sockets

@@ -30,6 +30,8 @@ from helpers.serving.background import free_port
 from helpers.serving.openai_request import ApiError, ChatRequest, parse
 from helpers.serving.openai_server import API_KEY, serve
 
+pytestmark = pytest.mark.server
+
 QUESTION = [{"role": "user", "content": "Tell me a joke about an atom."}]
 # A penalty below 1 rewards repetition, so that the answer does not end by itself.
 ENDLESS = {"max_tokens": 4000, "extra_body": {"repetition_penalty": 0.2}}
@@ -45,7 +47,7 @@ class Server:
     log: Path
     key: str = "unused"
 
-    def client(self, timeout: float = 60) -> openai.OpenAI:
+    def client(self, timeout: float = 300) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, timeout=timeout, max_retries=0)
 
     def ask(self, messages=QUESTION, **options):
@@ -55,14 +57,14 @@ class Server:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | headers
         url = f"{self.url}/v1/chat/completions"
-        return httpx.post(url, content=content, headers=headers, timeout=60)
+        return httpx.post(url, content=content, headers=headers, timeout=300)
 
     def connect(self, body: bytes, length: int) -> socket.socket:
         """A connection that takes little, on which (a part of) a body of `length` bytes was sent."""
         port = int(self.url.rpartition(":")[2])
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(60)
+        connection.settimeout(300)
         connection.connect(("127.0.0.1", port))
         head = f"Host: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
         connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
@@ -70,7 +72,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         headers = {"Authorization": f"Bearer {self.key}"}
-        lines = httpx.get(f"{self.url}/metrics", headers=headers, timeout=10).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", headers=headers, timeout=60).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     def wait_until_idle(self) -> None:
@@ -81,7 +83,7 @@ class Server:
         return [parent, *parent.children(recursive=True)]
 
 
-def eventually(check: Callable[[], object], seconds: float = 30) -> object:
+def eventually(check: Callable[[], object], seconds: float = 120) -> object:
     """What `check` gives, as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (result := check()) and time.monotonic() < deadline:
@@ -109,7 +111,7 @@ def running(model_uri, store, log_folder, environment=None, **options):
     name = model_uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
     server = Server(process, f"http://127.0.0.1:{port}", name, log)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while not _healthy(server):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -117,7 +119,7 @@ def running(model_uri, store, log_folder, environment=None, **options):
         yield server
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 def _healthy(server: Server) -> bool:
@@ -162,6 +164,7 @@ def with_system(messages: list[dict]) -> list[dict]:
 # ---- answers ----
 
 
+@pytest.mark.key
 def test_an_answer_is_the_models_own_with_its_usage(tiny, wrapper):
     answer = tiny.ask(max_tokens=200)
     expected = wrapper.generate([wrapper.encode_messages(with_system(QUESTION))], {"max_new_tokens": 200})[0]
@@ -174,6 +177,7 @@ def test_an_answer_is_the_models_own_with_its_usage(tiny, wrapper):
     assert answer.model == "slm-onnx"
 
 
+@pytest.mark.key
 def test_a_stream_is_the_same_answer_in_pieces(tiny):
     whole = tiny.ask(max_tokens=50)
     chunks = list(tiny.ask(max_tokens=50, stream=True, stream_options={"include_usage": True}))
@@ -203,6 +207,7 @@ def test_an_answer_that_is_cut_short_says_so(tiny, name):
     assert answer.usage.completion_tokens == 3
 
 
+@pytest.mark.key
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop_text(tiny, stream):
     text = tiny.ask(max_tokens=50).choices[0].message.content
@@ -228,6 +233,7 @@ def test_sampling_follows_the_seed(tiny):
     assert len({sample(seed) for seed in range(5)}) > 1
 
 
+@pytest.mark.key
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_answer_fits_the_schema_it_was_asked_to_fit(tiny, strict):
     schema = {"type": "object", "properties": {"city": {"enum": ["Madrid", "Paris"]}}, "required": ["city"]}
@@ -270,6 +276,7 @@ def test_special_tokens_in_a_content_open_no_turn(tiny, wrapper):
     assert usage.prompt_tokens > len(as_turns)
 
 
+@pytest.mark.key
 def test_concurrent_callers_get_each_their_own_answer(tiny):
     questions = [[{"role": "user", "content": f"Count to {n}."}] for n in range(16)]
 
@@ -333,6 +340,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
+@pytest.mark.key
 @pytest.mark.parametrize(
     ("options", "param"),
     [
@@ -353,6 +361,7 @@ def test_what_is_not_supported_is_refused_by_name(tiny, options, param):
     assert caught.value.request_id.startswith("req_")
 
 
+@pytest.mark.key
 def test_options_that_ask_for_nothing_are_accepted(tiny):
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "anna"}
     assert tiny.ask(max_tokens=1, **neutral).choices[0].finish_reason == "length"
@@ -393,6 +402,7 @@ BAD_BODIES = {
 }
 
 
+@pytest.mark.key
 @pytest.mark.parametrize("bad", BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_request_is_a_400_in_openais_shape(tiny, bad):
     assert is_openai_error(tiny.post(bad), 400)
@@ -406,6 +416,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from([*ChatRequest.model_fields, "n", "tools", "role", "content", "type", "schema"])
 
 
+@pytest.mark.key
 @given(
     st.dictionaries(FIELDS, JSON | st.dictionaries(FIELDS, JSON) | st.lists(st.dictionaries(FIELDS, JSON)))
 )
@@ -420,6 +431,7 @@ def test_whatever_json_a_body_holds_it_is_a_request_or_a_refusal(fields):
     assert outcome <= set(onnx_chat_model.DEFAULT_PARAMS) if isinstance(outcome, set) else outcome == 400
 
 
+@pytest.mark.key
 def test_other_mistakes_have_their_own_status(tiny):
     assert is_openai_error(tiny.post(body(model="gpt-5")), 404)
     assert is_openai_error(tiny.post(b" " * 1_000_001), 413)
@@ -546,6 +558,7 @@ def test_a_failed_call_leaves_a_trace_that_says_so(failing, store, text):
 # ---- keys, queues, time-outs, traces, figures ----
 
 
+@pytest.mark.key
 def test_a_public_address_needs_a_key(monkeypatch):
     monkeypatch.delenv(API_KEY, raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
@@ -565,7 +578,7 @@ def test_only_the_key_opens_the_models(guarded):
 def find_trace(store: str, answer_id: str):
     """The trace of an answer; the server writes it a moment after answering."""
     request_id = answer_id.replace("chatcmpl-", "req_")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     with connected(store):
         where = [mlflow.get_experiment_by_name("serving").experiment_id]
         while time.monotonic() < deadline:
@@ -601,14 +614,13 @@ def workspaces(tmp_path):
                "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--workers", "1",
                "--artifacts-destination", str(tmp_path / "artifacts"), "--enable-workspaces"]
     # fmt: on
-    with background.running(command, port, "MLflow", 120) as url:
+    with background.running(command, port, "MLflow", 600) as url:
         mlflow.set_tracking_uri(url)
         mlflow.set_experiment("models")  # the one that tests before this chose is another store's
         yield url
         mlflow.set_tracking_uri(before)
 
 
-@pytest.mark.slow
 def test_tracing_finds_the_model_in_its_workspace_and_leaves_its_traces_there(workspaces, tmp_path):
     (tmp_path / "failing_model.py").write_text(FAILING_MODEL)
     with mlflow.start_run():
@@ -662,7 +674,7 @@ def test_a_client_that_goes_stops_its_work_and_is_counted(guarded, store):
 def test_a_client_that_times_out_stops_its_work_and_is_counted(guarded):
     before = [guarded.metric(name) for name in GONE]
     with pytest.raises(openai.APITimeoutError):
-        guarded.client(timeout=0.5).chat.completions.create(model="smollm2", messages=QUESTION, **ENDLESS)
+        guarded.client(timeout=3).chat.completions.create(model="smollm2", messages=QUESTION, **ENDLESS)
     guarded.wait_until_idle()
     assert eventually(lambda: guarded.metric("chat_prompt_tokens_total") > before[2])
     added = [guarded.metric(name) - old for name, old in zip(GONE, before, strict=True)]
@@ -755,7 +767,7 @@ def test_a_stopped_server_finishes_its_answers_and_takes_no_new_ones(smollm2_uri
         with pytest.raises(openai.APIConnectionError):
             server.ask(max_tokens=1)
         assert list(chunks)[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(300) == 0
         assert left(processes) == []
 
 
@@ -773,7 +785,7 @@ def test_a_stopped_server_waits_only_so_long_and_says_so(smollm2_uri, store, tmp
         assert is_openai_error(whole.result(), 503)
         assert "The server is stopping." in whole.result().text
         assert int(whole.result().headers["retry-after"]) > 0
-        assert server.process.wait(30) == 0
+        assert server.process.wait(300) == 0
         assert left(processes) == []
         assert "Traceback" not in server.log.read_text()
 
@@ -784,7 +796,7 @@ def test_a_body_that_is_still_coming_when_the_server_is_cut_off_is_a_503(tiny_ur
             time.sleep(0.5)  # for the head to be read
             server.process.send_signal(signal.SIGTERM)
             assert is_openai_error(reply_on(connection), 503)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(300) == 0
         assert "Traceback" not in server.log.read_text()
 
 
@@ -805,7 +817,7 @@ def test_the_server_ends_with_its_worker_and_says_so(smollm2_uri, store, tmp_pat
             process.kill()
         with pytest.raises(openai.APIError, match="The model's process has ended"):
             list(chunks)
-        assert server.process.wait(30) == 1
+        assert server.process.wait(300) == 1
         assert "The model's process ended, so the server did." in server.log.read_text()
 
 
@@ -813,7 +825,7 @@ def test_a_notebook_has_the_server_for_the_length_of_a_block(tiny_uri, store, ca
     others = psutil.Process().children(recursive=True)
     with connected(store), openai_server.running(tiny_uri) as url:
         processes = [child for child in psutil.Process().children(recursive=True) if child not in others]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=300)
         answer = client.chat.completions.create(model="slm-onnx", messages=QUESTION, max_tokens=3)
     assert answer.usage.completion_tokens == 3
     assert len(processes) >= 3  # supervisor, front, worker
@@ -832,7 +844,7 @@ def test_a_server_that_is_stopped_while_it_loads_leaves_no_process(smollm2_uri, 
     while not (worker := psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert left(worker) == []
 
 
@@ -840,7 +852,7 @@ def failed_start(model_uri: str, store: str) -> str:
     """The last line of a server that cannot start."""
     arguments = {"model_uri": model_uri, "port": free_port(), "tracking_uri": store}
     code = f"from helpers.serving.openai_server import serve\nserve(**{arguments!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.returncode == 1
     return result.stderr.strip().splitlines()[-1]
 

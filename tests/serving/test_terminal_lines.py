@@ -16,6 +16,8 @@ from serving_support import connected
 from helpers.environment import ROOT
 from helpers.serving import background
 
+pytestmark = pytest.mark.server
+
 
 def terminal_lines(notebook: str, port: int) -> tuple[str, str, str]:
     """What is typed before serving, the line that serves, and what a second terminal asks."""
@@ -48,7 +50,7 @@ def answers(tmp_path, monkeypatch):
             return subprocess.run(["bash", "-ec", line], stdout=subprocess.PIPE, text=True, check=True).stdout
 
         predicted = json.loads(output(before).splitlines()[-1])
-        running = background.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 120)
+        running = background.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 600)
         with connected(store), running:
             asked = [json.loads(output(line)) for line in asking.strip().splitlines()]
         return predicted, asked

@@ -18,6 +18,8 @@ from helpers import environment
 from helpers.models import fetch
 from helpers.serving import background
 
+pytestmark = pytest.mark.command
+
 ROOT = environment.ROOT
 BARE = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
 
@@ -90,6 +92,7 @@ def test_before_set_up_a_bare_python_is_told_each_next_step_and_nothing_is_writt
     assert sorted(clone.rglob("*")) == before
 
 
+@pytest.mark.environment
 def test_a_complete_machine_is_told_so(set_up, smollm2_checkpoint):
     code, found = doctor(set_up, WEIGHTS_DIR=fetch.weights_dir())
     assert code == 0, found
@@ -98,6 +101,7 @@ def test_a_complete_machine_is_told_so(set_up, smollm2_checkpoint):
     assert "checkpoint" in found["model"][1]
 
 
+@pytest.mark.environment
 def test_a_missing_package_and_another_version_are_named_with_the_mend(set_up):
     (installed,) = library(set_up).glob("tqdm-*.dist-info")
     metadata = (installed / "METADATA").read_text()
@@ -116,6 +120,7 @@ def test_a_missing_package_and_another_version_are_named_with_the_mend(set_up):
     assert "packages" in found["offline"][1]
 
 
+@pytest.mark.environment
 def test_an_environment_that_was_not_set_up_to_the_end_is_noticed(set_up):
     (set_up / ".venv/setup.stamp").unlink()
     assert doctor(set_up)[1]["packages"] == (
@@ -124,6 +129,7 @@ def test_an_environment_that_was_not_set_up_to_the_end_is_noticed(set_up):
     )
 
 
+@pytest.mark.environment
 def test_an_environment_whose_python_is_gone_is_made_anew(set_up):
     for link in (set_up / ".venv/bin").glob("python*"):
         link.unlink()
@@ -132,6 +138,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(set_up):
     assert doctor(set_up)[1]["packages"] == ("TO DO", text)
 
 
+@pytest.mark.environment
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [(["-S"], "python3 does not start"), ([], "python3 belongs to")],
@@ -150,6 +157,7 @@ def test_a_kernel_of_that_name_from_elsewhere_is_noticed(set_up, tmp_path, flags
     assert text.startswith(sentence)
 
 
+@pytest.mark.environment
 def test_a_damaged_byte_in_a_copied_model_is_noticed(set_up, tmp_path, tiny_phi3_checkpoint):
     copy = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "weights/tiny-phi3/checkpoint")
     assert doctor(set_up, "--model", "tiny-phi3", WEIGHTS_DIR=tmp_path / "weights")[1]["model"][0] == "NOTE"
@@ -164,6 +172,7 @@ def test_a_damaged_byte_in_a_copied_model_is_noticed(set_up, tmp_path, tiny_phi3
     assert f"model.safetensors in {copy} is missing or differs" in found["model"][1]
 
 
+@pytest.mark.environment
 def test_a_model_that_would_have_to_be_fetched_is_missing(set_up, tmp_path):
     code, found = doctor(set_up, WEIGHTS_DIR=tmp_path / "weights")
     assert code == 1
@@ -219,6 +228,7 @@ def test_a_tracking_server_that_is_down_is_missing(clone):
     assert "does not answer" in found["tracking"][1]
 
 
+@pytest.mark.server
 def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_nothing(clone, tmp_path):
     port, artifacts = background.free_port(), tmp_path / "artifacts"
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
@@ -228,7 +238,7 @@ def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_noth
         "--artifacts-destination",
         artifacts,
     ]
-    with background.running([*map(str, command)], port, "a tracking server", 120) as url:
+    with background.running([*map(str, command)], port, "a tracking server", 600) as url:
         findings = doctor(clone, "--tracking-uri", url)[1]
     assert findings["tracking"] == ("OK", f"{url} answers, finds experiments and takes artifacts")
     assert not [path for path in artifacts.rglob("*") if path.is_file()]
@@ -237,6 +247,7 @@ def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_noth
         assert database.execute("select count(*) from runs").fetchone() == (0,)
 
 
+@pytest.mark.server
 def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
     port = background.free_port()
     command = [
@@ -250,7 +261,7 @@ def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
         str(tmp_path),
     ]
     (tmp_path / "health").touch()  # so that it looks healthy
-    with background.running(command, port, "a web server", 60) as url:
+    with background.running(command, port, "a web server", 600) as url:
         state, text = doctor(clone, MLFLOW_TRACKING_URI=url)[1]["tracking"]
     assert (state, text) == (
         "TO DO",

@@ -11,6 +11,8 @@ from helpers import environment
 from helpers.__main__ import main
 from helpers.workshop import editions, notebooks
 
+pytestmark = pytest.mark.command
+
 BOOKS = {name: nbformat.read(path, as_version=4) for name, path in notebooks.NOTEBOOKS.items()}
 every_notebook = pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
 

@@ -331,6 +331,7 @@ def printed(tmp_path_factory) -> dict[str, str]:
     return {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells}
 
 
+@pytest.mark.attempts
 @pytest.mark.parametrize("number", FIRST_HINT)
 def test_an_unsolved_exercise_fails_its_check_with_its_hint_and_the_notebook_goes_on(number, printed):
     said = printed[f"solution-{number.replace('.', '-')}"]
@@ -340,6 +341,7 @@ def test_an_unsolved_exercise_fails_its_check_with_its_hint_and_the_notebook_goe
     assert FIRST_HINT[number] in hint
 
 
+@pytest.mark.attempts
 @pytest.mark.parametrize("number", FIRST_HINT)
 def test_with_the_solution_put_back_the_check_passes_with_one_line(number, printed):
     said = printed[f"solved-solution-{number.replace('.', '-')}"]
@@ -347,6 +349,7 @@ def test_with_the_solution_put_back_the_check_passes_with_one_line(number, print
     assert said.count("\n") == 1
 
 
+@pytest.mark.attempts
 @pytest.mark.parametrize("place", range(len(ATTEMPTS)), ids=[f"{a[0]}: {a[2]}" for a in ATTEMPTS])
 def test_a_wrong_result_is_told_what_is_wrong_and_gets_its_hint(place, printed):
     number, _, wrong, hint = ATTEMPTS[place]

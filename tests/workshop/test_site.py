@@ -13,6 +13,8 @@ from bs4 import BeautifulSoup
 from helpers.__main__ import main
 from helpers.workshop import notebooks, site
 
+pytestmark = pytest.mark.command
+
 EXTERNAL = re.compile(r"^(https?:)?//")
 
 

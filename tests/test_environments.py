@@ -45,13 +45,13 @@ def replay(store, uv_settings, tmp_path, capfd):
             env_manager="uv",
         )
         installed = dict(re.findall(r"^ \+ ([\w.-]+)==(\S+)", capfd.readouterr().err, re.MULTILINE))
-        return json.loads(answer.read_text()), installed
+        return json.loads(answer.read_text("utf-8")), installed
 
     return run
 
 
 def requirements(name: str) -> dict[str, str]:
-    lines = Path(mlflow.pyfunc.get_model_dependencies(f"models:/{name}@candidate")).read_text().split()
+    lines = Path(mlflow.pyfunc.get_model_dependencies(f"models:/{name}@candidate")).read_text("utf-8").split()
     return dict(line.split("==") for line in lines)  # each names one version, or this fails
 
 

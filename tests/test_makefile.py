@@ -26,7 +26,7 @@ def programs(tmp_path_factory) -> Path:
     """A folder with programs that only show how they were called."""
     folder = tmp_path_factory.mktemp("programs")
     for name in ("python", "mlflow", "jupyter"):
-        (folder / name).write_text(SHOW)
+        (folder / name).write_text(SHOW, encoding="utf-8")
         (folder / name).chmod(0o755)
     return folder
 
@@ -115,7 +115,9 @@ def test_words_that_end_in_the_middle_are_told(capsys):
 
 @pytest.mark.parametrize("own", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false"}])
 def test_what_make_starts_reports_to_nobody_unless_told_so(own, tmp_path):
-    (tmp_path / "mlflow").write_text("#!/bin/sh\necho $MLFLOW_DISABLE_TELEMETRY $DO_NOT_TRACK\n")
+    (tmp_path / "mlflow").write_text(
+        "#!/bin/sh\necho $MLFLOW_DISABLE_TELEMETRY $DO_NOT_TRACK\n", encoding="utf-8"
+    )
     (tmp_path / "mlflow").chmod(0o755)
     names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
     given = {name: value for name, value in os.environ.items() if name not in names} | own
@@ -132,7 +134,7 @@ def test_make_takes_the_environment_s_python_and_another_when_that_does_not_star
 
     def chosen(script: str) -> str:
         for name in ("python", "python3", f"python3.{sys.version_info.minor}"):
-            (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
             (tmp_path / ".venv" / "bin" / name).chmod(0o755)
         command = ["make", "-C", str(tmp_path), "--no-print-directory", "-n", "setup"]
         shown = subprocess.run(command, capture_output=True, text=True, env=own).stdout

@@ -218,7 +218,7 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     """Let pip fetch the wheel and check its hash: the reader's own index, proxy and certificates count."""
     wanted = f"{wheel.package}=={wheel.version}"
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n")
+    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     progress.start("fetching")
 
     def watch(output: str) -> None:

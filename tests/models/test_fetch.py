@@ -128,7 +128,7 @@ def test_another_recipe_replaces_the_folder(tmp_path: Path):
     folder = tmp_path / "made"
 
     def write(staging: Path, progress: store.Progress) -> dict:
-        (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content")
+        (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content", encoding="utf-8")
         return {"source_model": "x", "source_revision": "1", "licence": "MIT"}
 
     for version in (1, 1, 2):
@@ -291,7 +291,7 @@ def test_a_local_checkpoint_is_used_where_it_lies(tiny_phi3_checkpoint: Path):
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     for beside in ("nothing", "other.safetensors"):  # which transformers would pass over
         (tmp_path / beside).write_bytes(b"")

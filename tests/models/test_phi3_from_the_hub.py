@@ -131,7 +131,7 @@ def test_notebook_02_logs_the_published_folder_byte_for_byte(run, hub: LocalHub)
     assert published.ONNX_NAME in names
     for name in names:
         assert (folder / name).read_bytes() == repository[f"{published.ONNX.folder}/{name}"], name
-    needs = (logged / "requirements.txt").read_text()
+    needs = (logged / "requirements.txt").read_text("utf-8")
     assert "onnxruntime-genai" in needs
     assert "torch" not in needs
 
@@ -140,22 +140,22 @@ def test_notebook_02_alone_needs_neither_torch_nor_a_conversion_nor_a_second_dow
     """What notebook 01 has fetched is taken away; the network stays unused."""
     place = run.place / "alone"
     shutil.copytree(run.onnx, place / "weights" / "phi-3-mini" / "onnx-int4")
-    (place / "sitecustomize.py").write_text(NOTE_IMPORTS)
+    (place / "sitecustomize.py").write_text(NOTE_IMPORTS, encoding="utf-8")
     path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
     before = hub.requests
     given = ("-p", "tracking_uri", f"sqlite:///{place}/mlflow.db", "-p", "offline", True)
     notes = place / "imports.txt"
     _helpers(hub, place, "run", "02", *given, "--output", place / "out", PYTHONPATH=path, NOTES=str(notes))
-    assert not notes.exists(), notes.read_text()
+    assert not notes.exists(), notes.read_text("utf-8")
     assert hub.requests == before
     assert [path.name for path in (place / "weights" / "phi-3-mini").iterdir()] == ["onnx-int4"]
 
 
 def test_imports_of_torch_would_have_been_noted(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS)
+    (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS, encoding="utf-8")
     noted = os.environ | {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path / "imports.txt")}
     subprocess.run([sys.executable, "-c", "import onnx"], env=noted, check=True)
-    assert (tmp_path / "imports.txt").read_text().startswith("onnx ")
+    assert (tmp_path / "imports.txt").read_text("utf-8").startswith("onnx ")
 
 
 # The folder as published in 2024 and onnxruntime-genai of today

@@ -1,4 +1,4 @@
-"""Every text file, and what a child process prints, is read and written in an encoding that the code names."""
+"""Every text file, and what a child process prints, is read and written in an encoding named in the code."""
 
 import ast
 import json

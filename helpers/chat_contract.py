@@ -62,7 +62,8 @@ def chat_contract(
     Returns:
         One row a request, in the signature's order: `field`; `sent`; `outcome`, one of "honoured" (the
         answer shows that the field did what it asks for), "ignored" (it does not), "request fails" (an
-        exception) and "not shown" (the model's answer is too short to tell); `observed`; `instead`, what to do where it was not honoured.
+        exception) and "not shown" (the model's answer is too short to tell); `observed`; `instead`, what to
+        do where it was not honoured.
     """
     import pandas as pd
 

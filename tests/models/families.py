@@ -28,6 +28,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+SILENT = "llama that answers nothing"
 # What a family needs besides: name → (model_type of Transformers, settings).
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -35,6 +36,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "llama",
         {"max_position_embeddings": 131072, "rope_parameters": LLAMA3_ROPE},
     ),
+    SILENT: ("llama", {}),
     "mistral": ("mistral", {}),
     "mistral, window of 64": ("mistral", {"sliding_window": 64}),
     "qwen2": ("qwen2", {}),
@@ -93,7 +95,12 @@ def build(family: str, folder: Path, smollm2: Path, seed: int = 7) -> Path:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": 49152}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **SIZE | ids | settings)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if family == SILENT:
+        # All tokens are equally likely, so the first is the greedy one, and it ends the answer.
+        torch.nn.init.zeros_(model.model.norm.weight)
+        model.generation_config.eos_token_id = [0, 2]
+    model.save_pretrained(folder)
     for name in TOKENIZER:
         shutil.copy(smollm2 / name, folder)
     return folder

@@ -106,10 +106,11 @@ def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> 
     except store.ChildFailed as error:
         if error.for_want_of_room:
             raise
+        builder = f"the builder of onnxruntime-genai {version('onnxruntime-genai')}"
         raise ModelUnavailable(
-            f"{_architecture(origin)} cannot be converted to {precision} by the builder of onnxruntime-genai "
-            f"{version('onnxruntime-genai')} ({error.reason.rstrip('.')}). Notebook 01 works with it all the same. For "
-            "notebook 02 choose another model (docs/models.md names kinds that work), or a folder that is ONNX already."
+            f"{_architecture(origin)} cannot be converted to {precision} by {builder} "
+            f"({error.reason.rstrip('.')}). Notebook 01 works with it all the same. For notebook 02 choose "
+            "another model (docs/models.md names kinds that work), or a folder that is ONNX already."
         ) from None
     if not (staging / "genai_config.json").is_file():
         raise ModelUnavailable(f"The builder wrote no genai_config.json for {origin}; it cannot be used.")

@@ -95,7 +95,7 @@ def check_prompt(folder: Path, model: Model, prompt: str, max_new_tokens: int) -
         reason = str(error).strip().partition("\n")[0]
         raise ModelUnavailable(
             f"The model in {folder} cannot be asked ({reason}). Choose one of a kind that Transformers "
-            "knows, with a chat template of its own; the names of such models often end with Instruct or Chat."
+            "knows, with a chat template of its own: the names of such often end with Instruct or Chat."
         ) from None
     if tokens > (room := max(0, context - max_new_tokens)):
         raise ParameterError(

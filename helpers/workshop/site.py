@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = notebooks.ROOT
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 STYLE = Path(__file__).with_name("page.css")
+GUIDES = {"setup": "Set-up", "models": "Models", "serving": "Serving", "classroom": "Classroom"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def pages() -> list[Page]:
     return [
         Page(ROOT / "README.md", "index.html", "Start"),
         *(Page(path, f"{path.stem}.html", f"Notebook {name}") for name, path in notebooks.NOTEBOOKS.items()),
+        *(Page(ROOT / "docs" / f"{name}.md", f"{name}.html", label) for name, label in GUIDES.items()),
         Page(ROOT / "TEACHING.md", "teaching.html", "For teachers"),
         Page(ROOT / "benchmarks" / "README.md", "benchmarks.html", "Benchmarks"),
         Page(ROOT / "deploy" / "README.md", "deploy.html", "Deploy"),

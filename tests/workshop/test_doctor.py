@@ -196,7 +196,7 @@ def test_disk_and_memory_are_asked_for_as_the_model_needs_them(clone):
         found = doctor(clone, "--model", model, WEIGHTS_DIR=clone / "weights")[1]
         texts = [found[topic][1] for topic in ("disk", "memory")]
         needed[model] = [float(re.search(r"([\d.,]+) GB needed", text)[1]) for text in texts]
-    # 2.5 GB of it are the environment, which this clone lacks; see Phi-3-mini in the README.
+    # 2.5 GB of it are the environment, which this clone lacks; see Phi-3-mini in docs/models.md.
     assert needed == {"tiny-phi3": [2.5, 4.0], "smollm2-135m": [5.6, 4.0], "phi-3-mini": [26.0, 8.7]}
 
 

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +55,34 @@ def test_what_a_child_process_prints_is_read_in_a_named_encoding():
 )
 def test_a_line_that_leaves_it_to_the_system_is_found(line):
     assert list(nameless(line)) == [1]
+
+
+# As on a system of another encoding, where Python is not told to use UTF-8.
+C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+def helpers(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "helpers", *map(str, words)]
+    return subprocess.run(command, env=os.environ | C_LOCALE | environment, capture_output=True)
+
+
+@pytest.mark.parametrize("console", ["", "cp1252", "cp932", "ascii:strict"])
+@pytest.mark.parametrize(
+    "words",
+    [["doctor", "--model", "tiny-phi3"], ["run", "-p", "model", "模型 …"], ["fetch", "nö/✓", "--offline"]],
+)
+def test_a_console_that_cannot_show_a_character_stops_nothing(words, console):
+    result = helpers(*words, PYTHONIOENCODING=console)
+    said = (result.stdout + result.stderr).decode("ascii", "replace")
+    assert "Unicode" not in said
+    assert "Traceback" not in said
+    assert result.returncode in (0, 1, 2)
+
+
+@pytest.mark.slow
+def test_notebook_02_runs_where_utf_8_is_not_the_default(tmp_path):
+    given = {"model": "tiny-phi3", "serve": False, "max_new_tokens": 9}
+    given["tracking_uri"] = f"sqlite:///{tmp_path}/mlflow.db"
+    words = [word for name, value in given.items() for word in ("-p", name, value)]
+    result = helpers("run", "02", *words, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr.decode("ascii", "replace")[-2000:]

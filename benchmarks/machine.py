@@ -44,7 +44,7 @@ def cpu_flags() -> list[str]:
 def _cpuinfo(field: str) -> str:
     """What Linux says of the first processor; "" elsewhere."""
     info = Path("/proc/cpuinfo")
-    values = re.findall(rf"^{field}\s*: (.+)", info.read_text(), re.MULTILINE) if info.exists() else []
+    values = re.findall(rf"^{field}\s*: (.+)", info.read_text("utf-8"), re.MULTILINE) if info.exists() else []
     return values[0] if values else ""
 
 
@@ -52,5 +52,5 @@ def write(name: str, result: dict, *packages: str, folder: Path = RESULTS) -> Pa
     """Write a result with the machine's facts to benchmarks/results/NAME.json, or into another folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": facts(*packages), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": facts(*packages), **result}, indent=2) + "\n", encoding="utf-8")
     return path

@@ -122,9 +122,9 @@ def rehearse(folder: Path, geometry: random_phi3.Geometry) -> dict[str, dict]:
         print(f"{geometry.name}, {number} of {len(STEPS)}: {title} …", end=" ", flush=True)
         known = result.exists()
         if not known:
-            result.with_suffix(".part").write_text(json.dumps(run(step, folder, geometry)))
+            result.with_suffix(".part").write_text(json.dumps(run(step, folder, geometry)), encoding="utf-8")
             result.with_suffix(".part").replace(result)
-        found[step] = json.loads(result.read_text())
+        found[step] = json.loads(result.read_text("utf-8"))
         print("done before" if known else f"{found[step]['seconds']:.1f} s", flush=True)
     return found
 
@@ -152,7 +152,7 @@ def run(step: str, folder: Path, geometry: random_phi3.Geometry) -> dict:
         raise SystemExit(
             f"failed.\n{lines}\nThe step {step!r} ended with {child.returncode}; run it again to go on."
         )
-    found = json.loads(figures.read_text()) | watched
+    found = json.loads(figures.read_text("utf-8")) | watched
     shutil.rmtree(temporary)
     log.unlink()
     return found

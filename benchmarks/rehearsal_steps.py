@@ -307,4 +307,4 @@ STEPS = {
 if __name__ == "__main__":
     name, folder, geometry, result = sys.argv[1:]
     figures = STEPS[name](Stage(Path(folder), random_phi3.read(geometry)))
-    Path(result).write_text(json.dumps(figures))
+    Path(result).write_text(json.dumps(figures), encoding="utf-8")

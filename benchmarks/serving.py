@@ -86,13 +86,13 @@ def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
     port = background.free_port()
     folder = Path(tempfile.mkdtemp())
     script, log = folder / "server.py", folder / "log.txt"
-    script.write_text(code.replace("{port}", str(port)))
-    with log.open("w") as output:
+    script.write_text(code.replace("{port}", str(port)), encoding="utf-8")
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, script], stdout=output, stderr=output)
     try:
         while not healthy(f"http://127.0.0.1:{port}"):
             if process.poll() is not None:
-                raise RuntimeError(log.read_text())
+                raise RuntimeError(log.read_text("utf-8"))
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import signal
@@ -14,6 +15,10 @@ from helpers import environment
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 bad input)."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console of another encoding than UTF-8 shows "?" for what it does not know, and nothing stops.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         options = _parser().parse_args(_spread(sys.argv[1:] if arguments is None else arguments))
         return options.command(options) or 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.pyfunc import PyFuncModel
 
-HONOURED, IGNORED, FAILS = "honoured", "ignored", "request fails"
+HONOURED, IGNORED, FAILS, NOT_SHOWN = "honoured", "ignored", "request fails", "not shown"
 
 _HOT = 50.0  # so high a temperature that a sampled answer cannot be the greedy one by luck
 _TOOL = {
@@ -45,6 +45,7 @@ class _Case:
     works: Callable[[list[dict]], bool]
     instead: str = ""
     model: str = "greedy"
+    shows: bool = True  # False: the model's answer is too short for the field to show in it
     note: Callable[[list[dict]], str] = field(default=lambda reply: _summary(reply))
 
 
@@ -60,8 +61,9 @@ def chat_contract(
         system_message: the system turn of every request.
     Returns:
         One row a request, in the signature's order: `field`; `sent`; `outcome`, one of "honoured" (the
-        answer shows that the field did what it asks for), "ignored" (it does not) and "request fails" (an
-        exception); `observed`; `instead`, what to do where it was not honoured.
+        answer shows that the field did what it asks for), "ignored" (it does not), "request fails" (an
+        exception) and "not shown" (the model's answer is too short to tell); `observed`; `instead`, what to
+        do where it was not honoured.
     """
     import pandas as pd
 
@@ -88,7 +90,9 @@ def _run(case: _Case, model: PyFuncModel) -> dict[str, str]:
         else:
             outcome = HONOURED if case.works(reply) else IGNORED
             observed = case.note(reply)
-    instead = "" if outcome == HONOURED else case.instead
+    if outcome != FAILS and not case.shows:
+        outcome = NOT_SHOWN
+    instead = case.instead if outcome in (IGNORED, FAILS) else ""
     return {
         "field": case.field,
         "sent": case.sent,
@@ -110,6 +114,7 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
     answer, usage = _text(plain), plain[0]["usage"]
     limit = max(1, usage["completion_tokens"] // 2)
     stop, inside = _stop_texts(answer)
+    long_enough = usage["completion_tokens"] > limit and stop in answer
 
     def longer_prompt(reply: list[dict]) -> bool:
         return reply[0]["usage"]["prompt_tokens"] > usage["prompt_tokens"]
@@ -164,22 +169,30 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
             lambda reply: not greedy_start(reply),
             model="sampling",
         ),
-        _Case("max_tokens", f"{limit}", ask(max_tokens=limit), tokens(limit)),
-        _Case("max_tokens", "0", ask(max_tokens=0), tokens(0), "send 1 or more"),
+        _Case("max_tokens", f"{limit}", ask(max_tokens=limit), tokens(limit), shows=long_enough),
+        _Case("max_tokens", "0", ask(max_tokens=0), tokens(0), "send 1 or more", shows=long_enough),
         _Case(
             "max_tokens",
             f"1 and {limit + 1} in two rows",
             limits,
             tokens(1, limit + 1),
             "one request per row: the first row's fields rule all",
+            shows=long_enough,
         ),
-        _Case("stop", f"[{stop!r}]: answer ends there", ask(stop=[stop]), _ends_at(stop, answer)),
+        _Case(
+            "stop",
+            f"[{stop!r}]: answer ends there",
+            ask(stop=[stop]),
+            _ends_at(stop, answer),
+            shows=long_enough,
+        ),
         _Case(
             "stop",
             f"[{stop!r}]: stop text left out",
             ask(stop=[stop]),
             lambda reply: stop not in _text(reply),
             "cut the answer at the stop text",
+            shows=long_enough,
         ),
         _Case(
             "stop",
@@ -187,6 +200,7 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
             ask(stop=[inside]),
             _ends_at(inside, answer),
             "cut the answer at the stop text; tokens are compared, not text",
+            shows=long_enough,
         ),
         _Case(
             "stop",
@@ -195,6 +209,7 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
             _ends_at(stop, answer),
             "leave it out where the folder the model was logged from is gone",
             "moved",
+            shows=long_enough,
         ),
         _Case("n", "1", ask(n=1), same, "leave it out"),
         _Case("n", "2", ask(n=2), lambda reply: len(reply[0]["choices"]) == 2, "send the question in n rows"),
@@ -211,9 +226,23 @@ def _cases(model: PyFuncModel, question: str, system_message: str) -> list[_Case
         _Case("top_k", "50", ask(top_k=50, temperature=_HOT), differs, _LOG_SAMPLING),
         _Case("top_k", "1, sampling on", sampled(top_k=1, temperature=_HOT), greedy_start, model="sampling"),
         _Case("frequency_penalty", "0.0", ask(frequency_penalty=0.0), same, "leave it out"),
-        _Case("frequency_penalty", "2.0", ask(frequency_penalty=2.0), differs, _LOG_PENALTY),
+        _Case(
+            "frequency_penalty",
+            "2.0",
+            ask(frequency_penalty=2.0),
+            differs,
+            _LOG_PENALTY,
+            shows=long_enough,
+        ),
         _Case("presence_penalty", "0.0", ask(presence_penalty=0.0), same, "leave it out"),
-        _Case("presence_penalty", "2.0", ask(presence_penalty=2.0), differs, _LOG_PENALTY),
+        _Case(
+            "presence_penalty",
+            "2.0",
+            ask(presence_penalty=2.0),
+            differs,
+            _LOG_PENALTY,
+            shows=long_enough,
+        ),
         _Case(
             "tools",
             "one function",
@@ -251,7 +280,7 @@ def _variant(
 def _stop_texts(answer: str) -> tuple[str, str]:
     """A word from the middle of the answer, and a piece from inside that word."""
     words = [word for word in answer.split() if word.isalpha() and len(word) > 2]
-    word = words[len(words) // 2] if words else answer[len(answer) // 2 :]
+    word = words[len(words) // 2] if words else answer[len(answer) // 2 :] or "."
     return word, word[1:-1] or word
 
 
@@ -278,7 +307,8 @@ def _reason(error: Exception) -> str:
     """The first sentence of the innermost cause: MLflow wraps the one that names the field."""
     while error.__cause__:
         error = error.__cause__
-    sentence = re.split(r"\. | \(note", str(error).strip().splitlines()[0])[0]
+    first_line = str(error).strip().partition("\n")[0]
+    sentence = re.split(r"\. | \(note", first_line)[0]
     return f"{type(error).__name__}: {sentence}"
 
 

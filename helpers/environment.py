@@ -76,14 +76,14 @@ def setup(prefix: Path = ROOT / ".venv", lock: Path = LOCK, wheelhouse: Path | N
         _run(pip)
         _install_lock(uv, lock, env)
     _run([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], env)
-    stamp.write_text(_fingerprint(lock))
+    stamp.write_text(_fingerprint(lock), encoding="utf-8")
     return True
 
 
 def is_current(prefix: Path = ROOT / ".venv", lock: Path = LOCK) -> bool:
     """Whether `prefix` was set up to the end, in this place, from this lock and with this Python."""
     stamp = prefix / STAMP
-    return stamp.exists() and stamp.read_text() == _fingerprint(lock) and _stands(prefix)
+    return stamp.exists() and stamp.read_text("utf-8") == _fingerprint(lock) and _stands(prefix)
 
 
 def _stands(prefix: Path) -> bool:
@@ -92,13 +92,14 @@ def _stands(prefix: Path) -> bool:
     if not about.is_file() or not any(binaries.glob("pip*")):  # the first and the last thing that venv makes
         return False
     # Its programs name the Python of the place it was made in, by the whole path.
-    if not re.search(rf"^command = .* {re.escape(str(prefix))}$", about.read_text(), re.MULTILINE):
+    if not re.search(rf"^command = .* {re.escape(str(prefix))}$", about.read_text("utf-8"), re.MULTILINE):
         return False
     try:
         started = subprocess.run(
             [binaries / "python", "-c", "import sys; print(*sys.version_info[:2])"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError:
         return False
@@ -113,7 +114,7 @@ def locked(lock: Path = LOCK) -> dict[str, str]:
     """Name → version of what `lock` has for this system and Python. Needs the environment."""
     from packaging.requirements import Requirement
 
-    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in lock.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     here = [each for each in map(Requirement, lines) if not each.marker or each.marker.evaluate()]
     return {each.name: str(each.specifier).removeprefix("==") for each in here}
 
@@ -166,7 +167,7 @@ def make_wheelhouse(folder: Path = WHEELHOUSE, lock: Path = LOCK) -> int:
     if subprocess.run([*map(str, pip), torch], capture_output=bool(build)).returncode:
         _run([*pip, *(["--extra-index-url", f"{TORCH_BUILDS}/{build}"] if build else []), torch])
     lines = _contents(folder, wanted | {"torch": torch.partition("==")[2]})
-    (folder / CONTENTS).write_text("\n".join([*_made_for(lock), *lines]) + "\n")
+    (folder / CONTENTS).write_text("\n".join([*_made_for(lock), *lines]) + "\n", encoding="utf-8")
     return len(lines)
 
 
@@ -175,7 +176,7 @@ def check_wheelhouse(folder: Path, lock: Path = LOCK) -> None:
     again = "Make it on a machine like this one, with a network: make wheelhouse"
     if not (folder / CONTENTS).is_file():
         raise SystemExit(f"{folder} is not a finished wheelhouse: it has no {CONTENTS}. {again}")
-    lines = (folder / CONTENTS).read_text().splitlines()
+    lines = (folder / CONTENTS).read_text("utf-8").splitlines()
     (machine, made_from), (this, wanted) = lines[:2], _made_for(lock)
     if machine != this:
         raise SystemExit(f"{folder} was made for {machine[2:]}, and this is {this[2:]}. {again}")
@@ -243,12 +244,14 @@ def write_lock(lock: Path = LOCK) -> None:
                "--extra", "test", "--no-annotate", "--custom-compile-command", "make lock",
                ROOT / "pyproject.toml"]
     # fmt: on
-    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT
+    )
     if result.returncode:
         raise SystemExit(f"The lock was not changed: {result.stderr.strip()}")
     kept = [line for line in result.stdout.splitlines() if not CUDA_PACKAGES.match(line)]
     header = f"# Resolved for Python {lowest} to {highest}; CUDA's own packages follow from torch."
-    lock.write_text("\n".join([header, *kept]) + "\n")
+    lock.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
 
 
 def audit(lock: Path = LOCK, service: str = "https://api.osv.dev/v1/query") -> int:
@@ -268,7 +271,9 @@ def audit(lock: Path = LOCK, service: str = "https://api.osv.dev/v1/query") -> i
                "--vulnerability-service", "osv", "--osv-url", service, "--format", "json",
                "--progress-spinner", "off"]
     # fmt: on
-    result = subprocess.run(map(str, command), env=os.environ | settings, capture_output=True, text=True)
+    result = subprocess.run(
+        map(str, command), env=os.environ | settings, capture_output=True, encoding="utf-8", errors="replace"
+    )
     try:
         packages = json.loads(result.stdout)["dependencies"]
     except ValueError:
@@ -307,7 +312,8 @@ def _offers_cpu_torch(uv: list, lock: Path, env: dict[str, str]) -> bool:
     if "UV_FIND_LINKS" not in env:
         return False
     command = [*uv, "--dry-run", "--no-deps", f"torch=={_locked('torch', lock)}"]
-    return "+cpu" in subprocess.run(command, env=env, capture_output=True, text=True).stderr
+    attempt = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", errors="replace")
+    return "+cpu" in attempt.stderr
 
 
 def _fingerprint(lock: Path) -> str:
@@ -317,12 +323,13 @@ def _fingerprint(lock: Path) -> str:
 
 
 def _locked(package: str, lock: Path) -> str:
-    return re.search(rf"^{package}==([^\s;]+)", lock.read_text(), re.MULTILINE).group(1)
+    return re.search(rf"^{package}==([^\s;]+)", lock.read_text("utf-8"), re.MULTILINE).group(1)
 
 
 def pip_configuration(python: Path) -> dict[str, str]:
     """pip's settings by bare name; its environment wins over its files, as in pip itself."""
-    listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    command = [python, "-X", "utf8", "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     lines = [line.partition("=") for line in listing.splitlines()]
     settings = {key: ast.literal_eval(value) for key, _, value in lines}
     ordered = sorted(settings.items(), key=lambda item: item[0].startswith(":env:"))

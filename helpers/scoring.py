@@ -49,7 +49,7 @@ def spark_session(cores: int) -> SparkSession:
             with _errors_into(log.fileno()):
                 return builder.getOrCreate()
         except Exception as error:
-            last_lines = Path(log.name).read_text(errors="replace").splitlines()[-LOG_LINES:]
+            last_lines = Path(log.name).read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
             raise RuntimeError("\n".join([f"Spark did not start: {error}", *last_lines])) from None
 
 

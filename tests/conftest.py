@@ -112,7 +112,7 @@ def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
     if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
         pytest.skip("Spark needs Java, and there is none here")
     if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
-        project = tomllib.loads((environment.ROOT / "pyproject.toml").read_text())["project"]
+        project = tomllib.loads((environment.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         # fmt: off
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
                         "--target", pyspark_folder, *project["optional-dependencies"]["spark"]], check=True)

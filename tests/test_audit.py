@@ -43,7 +43,7 @@ def database(flaws: dict[str, dict]):
 
 def test_every_locked_package_is_looked_up_and_a_known_flaw_fails_the_audit(tmp_path, capsys):
     lock = tmp_path / "requirements.lock"
-    lock.write_text("jinja2==3.1.2\nidna==3.10\nnothing==1.0 ; sys_platform == 'none'\n")
+    lock.write_text("jinja2==3.1.2\nidna==3.10\nnothing==1.0 ; sys_platform == 'none'\n", encoding="utf-8")
     affected = {
         "package": {"name": "jinja2", "ecosystem": "PyPI"},
         "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "3.1.3"}]}],
@@ -66,7 +66,7 @@ def test_every_locked_package_is_looked_up_and_a_known_flaw_fails_the_audit(tmp_
 def test_the_lock_itself_can_be_looked_up(capsys):
     with database({}) as (url, asked):
         assert environment.audit(service=url) == 0
-    locked = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line]
+    locked = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if "==" in line]
     assert len(locked) - 20 < len(asked) <= len(locked)  # some are for other platforms
     assert capsys.readouterr().out == f"{len(asked)} packages looked up, 0 known vulnerabilities.\n"
 

@@ -33,7 +33,7 @@ print(json.dumps([load(kind, path) for kind, path in json.load(sys.stdin)]))
 @pytest.fixture
 def validate(uv_settings, tmp_path):
     """Have azure-ai-ml read (kind, text) pairs; a list of {"holds": …} or {"refused": why}."""
-    (tmp_path / "validate.py").write_text(VALIDATE)
+    (tmp_path / "validate.py").write_text(VALIDATE, encoding="utf-8")
     # fmt: off
     command = ["uv", "run", "--quiet", "--no-project", "--python", sys.executable, "--with", PACKAGE,
                "python", str(tmp_path / "validate.py")]
@@ -42,7 +42,7 @@ def validate(uv_settings, tmp_path):
     def run(*texts: tuple[str, str]) -> list[dict]:
         paths = [tmp_path / f"{number}.yml" for number in range(len(texts))]
         for path, (_, text) in zip(paths, texts, strict=True):
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         asked = json.dumps([(kind, str(path)) for path, (kind, _) in zip(paths, texts, strict=True)])
         return json.loads(
             subprocess.run(command, input=asked, capture_output=True, text=True, check=True).stdout
@@ -53,7 +53,7 @@ def validate(uv_settings, tmp_path):
 
 @pytest.mark.environment
 def test_azures_own_package_accepts_the_three_files(validate):
-    files = {kind: (AZURE / f"{kind}.yml").read_text() for kind in ("model", "endpoint", "deployment")}
+    files = {kind: (AZURE / f"{kind}.yml").read_text("utf-8") for kind in ("model", "endpoint", "deployment")}
     model, endpoint, deployment = (loaded["holds"] for loaded in validate(*files.items()))
     assert (model["type"], Path(model["path"]).name) == ("mlflow_model", "model")
     assert deployment["endpoint_name"] == endpoint["name"]
@@ -71,7 +71,7 @@ def test_azures_own_package_accepts_the_three_files(validate):
 
 @pytest.mark.environment
 def test_azures_own_package_refuses_what_is_misspelt_mistyped_or_missing(validate):
-    deployment = (AZURE / "deployment.yml").read_text()
+    deployment = (AZURE / "deployment.yml").read_text("utf-8")
     wrong = {
         "request_timeout": deployment.replace("request_timeout_ms", "request_timeout"),
         "instance_count": deployment.replace("instance_count: 1", "instance_count: many"),
@@ -84,7 +84,9 @@ def test_azures_own_package_refuses_what_is_misspelt_mistyped_or_missing(validat
 @pytest.mark.command
 def test_the_documented_command_puts_a_saved_model_where_model_yml_looks(registered_onnx, tmp_path):
     line = next(
-        line for line in (DEPLOY / "README.md").read_text().splitlines() if "artifacts download" in line
+        line
+        for line in (DEPLOY / "README.md").read_text("utf-8").splitlines()
+        if "artifacts download" in line
     )
     command = line.strip().replace("deploy/azureml", str(tmp_path)).split()
     env = os.environ | {"MLFLOW_TRACKING_URI": registered_onnx}
@@ -95,7 +97,7 @@ def test_the_documented_command_puts_a_saved_model_where_model_yml_looks(registe
 
 
 def test_the_page_uses_every_file_and_says_what_was_not_run():
-    page = (DEPLOY / "README.md").read_text()
+    page = (DEPLOY / "README.md").read_text("utf-8")
     for path in AZURE.glob("*.*"):
         assert f"deploy/azureml/{path.name}" in page
     assert "not run against Azure" in page

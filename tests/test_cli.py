@@ -25,7 +25,7 @@ def test_help_lists_every_command(capsys):
 def test_make_lists_its_targets():
     shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0
-    targets = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    targets = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1]
     described = [line.split()[0] for line in shown.stdout.splitlines()]
     assert sorted([*described, "python"]) == sorted(targets.replace("\\", "").split())  # a step of the others
 

@@ -19,7 +19,7 @@ from helpers import environment
 pytestmark = pytest.mark.command
 
 ROOT = environment.ROOT
-LOCK = environment.LOCK.read_text()
+LOCK = environment.LOCK.read_text("utf-8")
 TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
@@ -28,16 +28,16 @@ def locked() -> list[Requirement]:
 
 
 def test_environment_yml_installs_python_pip_the_lock_and_nothing_else():
-    text = (ROOT / "environment.yml").read_text()
+    text = (ROOT / "environment.yml").read_text("utf-8")
     entries = [entry.split()[0] for entry in re.findall(r"^ +- (.+)$", text, re.MULTILINE)]
     assert entries == ["conda-forge", "nodefaults", "python", "pip", "pip:", "-r", "-e"]
     assert "- -r requirements.lock" in text
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert f"- python {project['requires-python']}\n" in text
 
 
 def test_every_dependency_is_locked_within_its_range():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
     pins = {}
     for requirement in locked():
@@ -96,7 +96,8 @@ def test_pip_settings_over_several_lines_are_handed_to_uv(tmp_path, monkeypatch)
     (tmp_path / "pip.conf").write_text(
         "[global]\nindex-url = https://one.example/simple\n"
         "extra-index-url =\n    https://two.example/it's\n    https://three.example/simple\n"
-        "[install]\nfind-links =\n    /a\n    /b\n"
+        "[install]\nfind-links =\n    /a\n    /b\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     found = environment.uv_settings(environment.pip_configuration(Path(sys.executable)))
@@ -125,7 +126,7 @@ def test_an_unsupported_python_is_refused_in_one_sentence(monkeypatch, tmp_path)
 def small_lock(tmp_path_factory) -> Path:
     """What it takes to install anything at all."""
     lock = tmp_path_factory.mktemp("lock") / "requirements.lock"
-    lock.write_text("".join(f"{name}=={version(name)}\n" for name in ("setuptools", "uv")))
+    lock.write_text("".join(f"{name}=={version(name)}\n" for name in ("setuptools", "uv")), encoding="utf-8")
     return lock
 
 
@@ -162,7 +163,9 @@ def test_an_environment_whose_python_is_gone_is_made_anew(prefix, small_lock):
 @pytest.mark.environment
 def test_an_environment_of_another_version_of_python_is_made_anew(prefix, small_lock):
     (prefix / "bin" / "python").unlink()
-    (prefix / "bin" / "python").write_text("#!/bin/sh\necho 3 10\n")  # it is not at hand everywhere
+    (prefix / "bin" / "python").write_text(
+        "#!/bin/sh\necho 3 10\n", encoding="utf-8"
+    )  # it is not at hand everywhere
     (prefix / "bin" / "python").chmod(0o755)
     assert environment.setup(prefix, small_lock)
     assert environment.is_current(prefix, small_lock)

@@ -70,9 +70,9 @@ def test_the_logged_model_answers_alike_in_an_environment_without_torch_and_tran
     answer = tmp_path / "answer.json"
     mlflow.models.predict(CANDIDATE, input_data=PROMPTS, output_path=str(answer), env_manager="uv")
     installed = dict(re.findall(r"^ \+ ([\w.-]+)==(\S+)", capfd.readouterr().err, re.MULTILINE))
-    assert json.loads(answer.read_text())["predictions"] == mlflow.pyfunc.load_model(CANDIDATE).predict(
-        PROMPTS
-    )
-    lines = Path(mlflow.pyfunc.get_model_dependencies(CANDIDATE)).read_text().split()
+    assert json.loads(answer.read_text("utf-8"))["predictions"] == mlflow.pyfunc.load_model(
+        CANDIDATE
+    ).predict(PROMPTS)
+    lines = Path(mlflow.pyfunc.get_model_dependencies(CANDIDATE)).read_text(encoding="utf-8").split()
     assert dict(line.split("==") for line in lines).items() <= installed.items()  # each names one version
     assert not {"torch", "transformers", "tokenizers", "accelerate"} & installed.keys()

@@ -30,7 +30,7 @@ def programs(tmp_path_factory) -> Path:
     """A folder with programs that only show how they were called."""
     folder = tmp_path_factory.mktemp("programs")
     for name in ("python", "mlflow", "jupyter"):
-        (folder / name).write_text(SHOW)
+        (folder / name).write_text(SHOW, encoding="utf-8")
         (folder / name).chmod(0o755)
     return folder
 
@@ -119,7 +119,9 @@ def test_words_that_end_in_the_middle_are_told(capsys):
 
 @pytest.mark.parametrize("own", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false"}])
 def test_what_make_starts_reports_to_nobody_unless_told_so(own, tmp_path):
-    (tmp_path / "mlflow").write_text("#!/bin/sh\necho $MLFLOW_DISABLE_TELEMETRY $DO_NOT_TRACK\n")
+    (tmp_path / "mlflow").write_text(
+        "#!/bin/sh\necho $MLFLOW_DISABLE_TELEMETRY $DO_NOT_TRACK\n", encoding="utf-8"
+    )
     (tmp_path / "mlflow").chmod(0o755)
     names = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
     given = {name: value for name, value in os.environ.items() if name not in names} | own
@@ -136,7 +138,7 @@ def test_make_takes_the_environment_s_python_and_another_when_that_does_not_star
 
     def chosen(script: str) -> str:
         for name in ("python", "python3", f"python3.{sys.version_info.minor}"):
-            (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
             (tmp_path / ".venv" / "bin" / name).chmod(0o755)
         command = ["make", "-C", str(tmp_path), "--no-print-directory", "-n", "setup"]
         shown = subprocess.run(command, capture_output=True, text=True, env=own).stdout
@@ -152,7 +154,7 @@ def test_the_ui_opens_postgresql_with_the_driver_that_is_locked(programs):
 
 
 def test_make_test_ends_with_every_reason_for_which_a_test_is_left_out_and_how_to_run_it():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"]
     shown = subprocess.run(
         ["make", "-n", "-o", "setup", "test"], cwd=ROOT, capture_output=True, text=True
     ).stdout

@@ -56,7 +56,7 @@ def executed(project: Path, entry_point: str) -> dict:
 def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_of_them_on(entry_point):
     declared = papermill.inspect_notebook(str(notebooks.NOTEBOOKS[ENTRY_POINTS[entry_point]]))
     defaults = {name: ast.literal_eval(about["default"]) for name, about in declared.items()}
-    entry = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"][entry_point]
+    entry = yaml.safe_load((ROOT / "MLproject").read_text("utf-8"))["entry_points"][entry_point]
     types = {bool: "string", str: "string", int: "float", float: "float"}
     assert entry["parameters"] == {
         name: {"type": types[type(value)], "default": str(value) if isinstance(value, bool) else value}
@@ -70,7 +70,9 @@ def test_an_entry_point_has_the_notebooks_parameters_and_defaults_and_hands_all_
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_a_project_parameter_of_any_type_cannot_start_a_program(entry_point, tmp_path):
     """MLflow's own command line for the entry point is run by a shell whose `python` shows its words."""
-    (tmp_path / "python").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))")
+    (tmp_path / "python").write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))", encoding="utf-8"
+    )
     (tmp_path / "python").chmod(0o755)
     entry = load_project(str(ROOT)).get_entry_point(entry_point)
     mark = tmp_path / "pwned"
@@ -109,7 +111,7 @@ def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_
 def test_the_documented_command_runs_as_it_stands(project):
     """Store and output are the clone's own, as a reader's are."""
     command = "mlflow run . -e custom_python_wrapper -P model=tiny-phi3 --env-manager local"
-    assert command in (project / "MLproject").read_text()
+    assert command in (project / "MLproject").read_text("utf-8")
     result = subprocess.run(command.split(), cwd=project, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert executed(project, "custom_python_wrapper")["model"] == "tiny-phi3"

@@ -30,7 +30,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.mark.models
 def test_every_step_is_measured(place: Path):
-    steps = json.loads((place / "rehearsal.json").read_text())["steps"]
+    steps = json.loads((place / "rehearsal.json").read_text("utf-8"))["steps"]
     for name, figures in steps.items():
         assert figures["seconds"] > 0, name
         assert figures["memory_bytes"] > 10e6, name
@@ -41,7 +41,7 @@ def test_every_step_is_measured(place: Path):
 
 @pytest.mark.models
 def test_logging_in_place_adds_the_model_once(place: Path):
-    steps = json.loads((place / "rehearsal.json").read_text())["steps"]
+    steps = json.loads((place / "rehearsal.json").read_text("utf-8"))["steps"]
     for flow in ("transformers", "onnx"):
         logged = steps[f"{flow}_log_in_place"]
         assert logged["logged_bytes"] == pytest.approx(logged["model_bytes"] + 20_000, abs=20_000)
@@ -93,7 +93,7 @@ def rehearsal(monkeypatch):
 
 @pytest.fixture
 def measured() -> dict:
-    return json.loads((BENCHMARKS / "results" / "rehearsal.json").read_text())
+    return json.loads((BENCHMARKS / "results" / "rehearsal.json").read_text("utf-8"))
 
 
 def test_it_asks_for_as_much_as_it_then_took_and_hardly_more(rehearsal, measured):

@@ -25,7 +25,7 @@ def soak(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def result(folder: Path) -> dict:
-    return json.loads((folder / "soak.json").read_text())
+    return json.loads((folder / "soak.json").read_text("utf-8"))
 
 
 def listens(process: psutil.Process) -> bool:

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.spark
 @pytest.fixture
 def score(with_pyspark, tmp_path):
     """Score rows in another process, as notebook 02 does; a list of [key, prompt, answer]."""
-    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "score.py").write_text(SCORE, encoding="utf-8")
 
     def run(*asked) -> list[list[str]]:
         command = [sys.executable, tmp_path / "score.py"]
@@ -73,8 +73,10 @@ def test_rows_keep_order_and_keys_answers_are_the_models_own_and_each_worker_loa
     score, tiny_phi3_onnx, tmp_path
 ):
     store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "count the loads")
-    wrapper = Path(onnx_chat_model.__file__).read_text()
-    (tmp_path / "counted.py").write_text(wrapper + COUNTED.format(log=str(tmp_path / "loads.log")))
+    wrapper = Path(onnx_chat_model.__file__).read_text("utf-8")
+    (tmp_path / "counted.py").write_text(
+        wrapper + COUNTED.format(log=str(tmp_path / "loads.log")), encoding="utf-8"
+    )
     with mlflow.start_run():
         model = mlflow.pyfunc.log_model(
             name="counted",
@@ -86,7 +88,7 @@ def test_rows_keep_order_and_keys_answers_are_the_models_own_and_each_worker_loa
         )
     (tmp_path / "loads.log").write_text("")
     scored = score(store, model.model_uri, ROWS, PARAMS, 2)
-    loads = (tmp_path / "loads.log").read_text().splitlines()  # 40 rows came in ten batches of four
+    loads = (tmp_path / "loads.log").read_text("utf-8").splitlines()  # 40 rows came in ten batches of four
     assert len(loads) == len({load.split()[0] for load in loads}) == 2
     assert {load.split()[1] for load in loads} == {"1"}  # threads, as the call has it
     prompts = pd.DataFrame(ROWS, columns=["key", "prompt"])[["prompt"]]

@@ -164,7 +164,7 @@ def test_a_model_that_could_not_be_logged_in_place_is_marked_failed_and_leaves_n
 def _log_half() -> None:
     with tracking.model_in_place("phi3-mlflow-model") as place:
         Path(place["path"]).mkdir(parents=True)
-        (Path(place["path"]) / "half").write_text("made")
+        (Path(place["path"]) / "half").write_text("made", encoding="utf-8")
         raise OSError("disk full")
 
 

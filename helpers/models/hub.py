@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from helpers.models import guard, store
+from helpers.models import guard, network, store
 from helpers.models.catalog import Hub, Model
 from helpers.models.store import ModelUnavailable, Progress
 
@@ -35,6 +35,7 @@ def download(model: Model, hub: Hub, patterns: tuple[str, ...], staging: Path, p
     from huggingface_hub import errors, logging
 
     logging.set_verbosity_error()  # its notes on every retry would stay in the reader's notebook
+    _check_environment(hub.repo)
     try:
         commit, files = _listing(hub, patterns)
         _drop_all_but(files, staging)
@@ -53,6 +54,18 @@ def download(model: Model, hub: Hub, patterns: tuple[str, ...], staging: Path, p
         if licence.is_file():
             licence.replace(root / licence.name)
     return {"source_model": hub.repo, "source_revision": commit, "licence": model.licence, "root": root}
+
+
+def _check_environment(repo: str) -> None:
+    """Make a client as huggingface_hub will, which reads proxies and certificates of the environment."""
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.Client().close()
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        reason = network.fault(constants.ENDPOINT, "httpx") or f"{type(error).__name__}: {error}."
+        raise ModelUnavailable(f"{repo} could not be fetched: {reason}") from None
 
 
 def _listing(hub: Hub, patterns: tuple[str, ...]) -> tuple[str, list]:
@@ -157,7 +170,7 @@ def _matches(path: Path, file) -> bool:
 
 def _hub_sentence(error: Exception, repo: str, revision: str) -> str:
     """What went wrong with the Hub, and the next step, in one sentence or two."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -180,4 +193,5 @@ def _hub_sentence(error: Exception, repo: str, revision: str) -> str:
         when = f"in {wait} s" if wait.isdigit() else "later"  # it may also be a date
         return f"The Hub has had too many requests from here (429). Try again {when}, or set HF_TOKEN."
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{repo} could not be fetched ({cause}). Check the network and try again: it goes on from here."
+    again = "Check the network and try again: it goes on from here."
+    return f"{repo} could not be fetched ({cause}). {network.fault(constants.ENDPOINT, 'httpx') or again}"

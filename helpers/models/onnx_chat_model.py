@@ -284,7 +284,7 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
             settings.append_provider(provider)
         self.model = og.Model(settings)
         self.tokenizer = og.Tokenizer(self.model)
-        facts = json.loads((folder / "genai_config.json").read_text())["model"]
+        facts = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
         layers, self.vocabulary = facts["decoder"], facts["vocab_size"]
         self.eos = frozenset(self.tokenizer.eos_token_ids.tolist())
         # genai 0.18 fails past a sliding window (Phi-3-mini-4k: 2,047 tokens), so that is all that fits.
@@ -293,7 +293,7 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         kv_values = 2 * layers["num_hidden_layers"] * layers["num_key_value_heads"] * layers["head_size"]
         max_tokens = config["max_batch_tokens"] or KV_BYTES // (4 * kv_values)
         self.decoder = Decoder(self.model, self.tokenizer.pad_token_id, config["max_batch_rows"], max_tokens)
-        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
         special = "|".join(re.escape(token["content"]) for token in added if len(token["content"]) > 1)
         self.special = re.compile(rf"(?=(?:{special}))." if special else r"(?!)", re.DOTALL)
 

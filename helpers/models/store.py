@@ -36,6 +36,19 @@ class ModelUnavailable(RuntimeError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class ChildFailed(ModelUnavailable):
+    """A child process failed. `reason` is its exception in one line, or what is known instead."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what} failed: {reason}")
+        self.reason = reason
+
+    @property
+    def for_want_of_room(self) -> bool:
+        """Whether memory or disk ran out, so that it may work elsewhere, or another time."""
+        return bool(re.search(r"memory|No space left|Disk quota", self.reason, re.IGNORECASE))
+
+
 def weights_dir() -> Path:
     """The folder of all model files: $WEIGHTS_DIR, or `weights` in the repository."""
     return Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights").expanduser().resolve()
@@ -140,7 +153,7 @@ def run_module(
         what: what the child does, for the error.
         environment: variables to set for the child.
     Raises:
-        ModelUnavailable: with the last lines of the output, if the child fails.
+        ChildFailed: with its exception, or the last lines of its output.
     """
     command = [sys.executable, "-c", _CHILD, module, *map(str, arguments)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | environment
@@ -156,8 +169,13 @@ def run_module(
             child.kill()
             child.wait()
             child.stdin.close()
+    if child.returncode < 0:
+        reason = (
+            f"its process was ended by signal {-child.returncode}, as the system does when memory runs out"
+        )
+        raise ChildFailed(what, reason)
     if child.returncode:
-        raise ModelUnavailable(f"{what} failed: {_last_lines(log)}")
+        raise ChildFailed(what, _last_lines(log))
     log.unlink()
 
 
@@ -393,7 +411,12 @@ def _explain(error: OSError, folder: Path, label: str) -> ModelUnavailable:
 
 
 def _last_lines(log: Path, count: int = 12) -> str:
-    """The end of a log without its progress bars, on lines of their own if there are several."""
+    """The exception that ended a child, or the end of its log without progress bars, a line for each."""
     lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
-    kept = [line for line in lines if line.strip() and "it/s]" not in line][-count:]
+    kept = [line for line in lines if line.strip() and "it/s]" not in line]
+    if "Traceback (most recent call last):" in kept:
+        last = len(kept) - kept[::-1].index("Traceback (most recent call last):")
+        if exception := next((line for line in kept[last:] if not line.startswith(" ")), None):
+            return exception
+    kept = kept[-count:]
     return kept[0] if len(kept) == 1 else "\n".join(["the last lines of its output are", *kept])

@@ -64,7 +64,7 @@ def running(
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     temporary = partial(tempfile.NamedTemporaryFile, prefix="server-", suffix=".log")
-    with log_file.open("w") if log_file else temporary() as log:
+    with log_file.open("w", encoding="utf-8") if log_file else temporary() as log:
         supervisor = subprocess.Popen(
             [sys.executable, __file__, *command],
             stdin=subprocess.PIPE,
@@ -132,7 +132,7 @@ def _wait_until_healthy(
     else:
         reason = f"was not healthy within {limit:g} s"
     print("failed", flush=True)
-    last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+    last_lines = "\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
     raise RuntimeError(f"{name[0].upper()}{name[1:]} {reason}. Its last log lines:\n{last_lines}")
 
 

@@ -187,7 +187,7 @@ def _make_database(postgres: Path, data: Path, user: str | None) -> None:
     command = [str(postgres / "initdb"), "-D", str(partial), "--username=mlflow", "--auth=trust",
                "--encoding=UTF8", "--locale=C"]
     # fmt: on
-    made = subprocess.run([*_become(user), *command], capture_output=True, text=True)
+    made = subprocess.run([*_become(user), *command], capture_output=True, encoding="utf-8", errors="replace")
     if made.returncode:
         shutil.rmtree(partial)
         raise RuntimeError(f"PostgreSQL could not make its database: {made.stderr.strip()}")

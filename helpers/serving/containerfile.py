@@ -68,10 +68,12 @@ def write(model_uri: str, output: Path) -> Path:
         context = Path(folder) / "context"
         _generate(model_uri, context)
         model = next(context.rglob("MLmodel")).parent
-        (context / "constraints.txt").write_text(_constraints(model / "requirements.txt"))
+        (context / "constraints.txt").write_text(_constraints(model / "requirements.txt"), encoding="utf-8")
         dockerfile = context / "Dockerfile"
         installation = INSTALLATION.format(model=model.relative_to(context).as_posix())
-        dockerfile.write_text(_for_language_models(dockerfile.read_text(), installation))
+        dockerfile.write_text(
+            _for_language_models(dockerfile.read_text("utf-8"), installation), encoding="utf-8"
+        )
         for path in [context, *context.rglob("*")]:  # the image's user is not the one that wrote the files
             path.chmod(0o755 if path.is_dir() else 0o644)
         if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -119,8 +121,8 @@ def _replace(text: str, pattern: str, new: str) -> str:
 
 def _constraints(requirements: Path) -> str:
     """The tested versions of everything but what the model itself asks for by name: its word is the last."""
-    names = {_name(line) for line in requirements.read_text().splitlines() if line.strip()}
-    locked = LOCK.read_text().splitlines()
+    names = {_name(line) for line in requirements.read_text("utf-8").splitlines() if line.strip()}
+    locked = LOCK.read_text("utf-8").splitlines()
     return "".join(f"{line}\n" for line in locked if not line.startswith("#") and _name(line) not in names)
 
 

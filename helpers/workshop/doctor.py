@@ -98,7 +98,8 @@ def _inside(python: Path | None, check: str, *arguments: str) -> Finding:
         "import json, sys; from helpers.workshop import doctor;"
         f"print(json.dumps(doctor.{check}(*sys.argv[1:])))"
     )
-    child = subprocess.run([python, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = [python, "-X", "utf8", "-c", code, *arguments]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     if child.returncode:
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         return TODO, f"could not be checked ({reason}). {_REPAIR}"
@@ -292,7 +293,7 @@ def _memory(chosen: catalog.Model) -> Finding:
     except (AttributeError, ValueError, OSError):  # Windows
         return NOTE, f"not known here, {needed / 1e9:.1f} GB needed"
     limit = Path("/sys/fs/cgroup/memory.max")  # what a container may take
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+    if limit.exists() and (text := limit.read_text("utf-8").strip()).isdigit():
         total = min(total, int(text))
     text = f"{total / 1e9:.1f} GB, {needed / 1e9:.1f} GB needed"
     if total < needed:

@@ -67,7 +67,7 @@ def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -
     try:
         for page in pages():
             _write(page, executed, partial)
-        (partial / "style.css").write_text(STYLE.read_text() + _highlighting())
+        (partial / "style.css").write_text(STYLE.read_text("utf-8") + _highlighting(), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
     finally:
@@ -90,7 +90,7 @@ def _write(page: Page, executed: Path, output: Path) -> None:
         image["src"] = _copied(image["src"], page, output) or image["src"]
     _name_headings(soup)
     _make_accessible(soup)
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text("utf-8"))
     text = template.render(
         title=soup.h1.get_text(),
         name=page.name,
@@ -108,7 +108,7 @@ def _read(source: Path, executed: Path) -> tuple[NotebookNode, str]:
     from nbformat import v4
 
     if source.suffix != ".ipynb":
-        cell = v4.new_markdown_cell(source.read_text(encoding="utf-8"))
+        cell = v4.new_markdown_cell(source.read_text("utf-8"))
         return v4.new_notebook(cells=[cell]), f"Made from {source.relative_to(ROOT)}."
     saved = nbformat.read(source, as_version=4)
     if (executed / source.name).exists():

@@ -6,7 +6,7 @@ import mlflow
 import pytest
 
 from helpers import chat_contract, tracking
-from helpers.chat_contract import FAILS, HONOURED, IGNORED
+from helpers.chat_contract import FAILS, HONOURED, IGNORED, NOT_SHOWN
 
 # Field, a part of what the table says was sent, outcome; in the table's order.
 TODAY = [
@@ -131,3 +131,21 @@ def test_the_logged_requests_print_nothing(loaded, capfd):
     chat_contract.chat_contract(loaded)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_a_model_that_answers_nothing_gets_a_table_too(loaded):
+    """The greedy token ends the answer; what can only be seen in a text is said to be not shown."""
+    greedy = loaded._model_impl.pipeline
+    weight, ends = greedy.model.model.norm.weight, greedy.generation_config.eos_token_id
+    before = weight.detach().clone()
+    try:
+        weight.data.zero_()  # all tokens are equally likely, so that the first is the greedy one
+        greedy.generation_config.eos_token_id = [0]
+        table = chat_contract.chat_contract(loaded)
+    finally:
+        weight.data.copy_(before)
+        greedy.generation_config.eos_token_id = ends
+    unseen = table[table["outcome"] == NOT_SHOWN]
+    assert list(unseen["field"]) == ["max_tokens"] * 3 + ["stop"] * 3
+    assert set(unseen["instead"]) == {""}
+    assert list(table["field"]) == [field for field, *_ in TODAY]

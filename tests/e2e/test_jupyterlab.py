@@ -63,7 +63,9 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     home, port, token = tmp_path_factory.mktemp("home"), background.free_port(), secrets.token_hex(16)
     settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no question on the first visit
+    settings.write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8"
+    )  # no question on the first visit
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     own |= {
         "HOME": str(home),
@@ -79,7 +81,7 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     # `-o setup`: the environment that runs this test is not to be made anew by it
     command = ["make", "-o", "setup", "lab", f"NOTEBOOK={folder / notebooks.NOTEBOOKS['01'].name}"]
     with (
-        (home / "lab.log").open("w") as log,
+        (home / "lab.log").open("w", encoding="utf-8") as log,
         subprocess.Popen(
             [*command, f"PARAMS={flags}"], cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True
         ) as server,
@@ -103,7 +105,7 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
                 return
         except OSError:
             if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
+                pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')}")
             time.sleep(0.2)
 
 

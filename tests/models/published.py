@@ -59,8 +59,8 @@ def onnx(int4: Path, tiny: Path) -> dict[str, bytes]:
             graph, target, save_as_external_data=True, location=f"{ONNX_NAME}.data", size_threshold=0
         )
         variant = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    facts = json.loads((int4 / "genai_config.json").read_text())["model"]
-    config = json.loads((tiny / "config.json").read_text()) | {"transformers_version": "4.40.2"}
+    facts = json.loads((int4 / "genai_config.json").read_text("utf-8"))["model"]
+    config = json.loads((tiny / "config.json").read_text("utf-8")) | {"transformers_version": "4.40.2"}
     variant |= tokenizer(tiny) | {
         "genai_config.json": as_json(genai_config(facts)),
         "config.json": as_json(config),

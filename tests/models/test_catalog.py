@@ -51,9 +51,9 @@ def test_a_model_is_offered_in_all_precisions_unless_its_makers_or_readers_chose
     for name in ("smollm2-135m", "org/name"):
         assert catalog.find(name).precisions == catalog.PRECISIONS
     assert catalog.find("phi-3-mini").precisions == ("int4",)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert catalog.find(str(tmp_path)).precisions == catalog.PRECISIONS
-    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
     assert catalog.find(str(tmp_path)).precisions == ()
 
 
@@ -65,10 +65,10 @@ def test_a_model_says_what_its_checkpoint_and_its_published_folder_take():
 def test_a_folder_is_a_model_if_it_holds_one(tmp_path: Path):
     with pytest.raises(ValueError, match=r"neither config\.json .* nor genai_config\.json"):
         catalog.find(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert catalog.find(str(tmp_path)).origin == catalog.Folder(tmp_path)
     assert not catalog.find(str(tmp_path)).origin.is_onnx
-    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
     assert catalog.find(str(tmp_path)).origin.is_onnx
 
 
@@ -77,7 +77,7 @@ def test_two_folders_of_one_name_have_keys_of_their_own(tmp_path: Path):
     for parent in ("a", "b"):
         folder = tmp_path / parent / "smollm2-135m"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
         keys.add(catalog.find(str(folder)).key)
     assert len(keys | set(catalog.CATALOGUE)) == 2 + len(catalog.CATALOGUE)
 

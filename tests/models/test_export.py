@@ -65,7 +65,7 @@ def test_every_precision_loads_and_answers(precision: str):
 
 
 def test_licence_and_source_travel_with_the_export(smollm2_onnx: Path, smollm2_checkpoint: Path):
-    assert (smollm2_onnx / "LICENSE").read_text() == (smollm2_checkpoint / "LICENSE").read_text()
+    assert (smollm2_onnx / "LICENSE").read_bytes() == (smollm2_checkpoint / "LICENSE").read_bytes()
     assert fetch.source(smollm2_onnx) == fetch.source(smollm2_checkpoint)
     assert "onnxruntime-genai" in store.read_manifest(smollm2_onnx)["recipe"]["builder"]
 
@@ -103,7 +103,7 @@ def test_a_local_onnx_folder_is_used_as_it_is(tiny_phi3_onnx: Path):
 def test_a_checkpoint_that_cannot_be_exported_says_why_and_leaves_nothing(weights: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    (broken / "config.json").write_text('{"model_type": "no-such-architecture"}', encoding="utf-8")
     (broken / "model.safetensors").write_bytes(b"")
     model = catalog.find(str(broken))
     with pytest.raises(

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from helpers.models import catalog, fetch, store
+from helpers.models import catalog, export, fetch, store
+from helpers.parameters import ParameterError
 
 TINY = catalog.find("tiny-phi3")
 
@@ -131,7 +133,7 @@ def test_another_recipe_replaces_the_folder(tmp_path: Path):
     folder = tmp_path / "made"
 
     def write(staging: Path, progress: store.Progress) -> dict:
-        (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content")
+        (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content", encoding="utf-8")
         return {"source_model": "x", "source_revision": "1", "licence": "MIT"}
 
     for version in (1, 1, 2):
@@ -295,7 +297,7 @@ def test_a_local_checkpoint_is_used_where_it_lies(tiny_phi3_checkpoint: Path):
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     for beside in ("nothing", "other.safetensors"):  # which transformers would pass over
         (tmp_path / beside).write_bytes(b"")
@@ -306,3 +308,48 @@ def test_pickled_weights_are_not_read(tmp_path: Path):
 def test_the_source_of_a_model_is_known(tiny_phi3_checkpoint: Path, tmp_path: Path):
     assert fetch.source(tiny_phi3_checkpoint)["source_model"] == "tiny-phi3"
     assert fetch.source(tmp_path)["source_model"] == tmp_path.name
+
+
+# A prompt and the context of the model
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx"])
+def test_a_prompt_fits_up_to_the_last_token_of_the_context(
+    kind, tiny_phi3_checkpoint: Path, tiny_phi3_onnx: Path
+):
+    folder, context = (tiny_phi3_checkpoint, 4096) if kind == "checkpoint" else (tiny_phi3_onnx, 2047)
+    model = catalog.find("tiny-phi3")
+    tokens = (
+        len(AutoTokenizer.from_pretrained(folder).apply_chat_template(model.messages("Hi"))["input_ids"]) + 1
+    )
+    fetch.check_prompt(folder, model, "Hi", context - tokens)
+    for prompt, limit in (("Hi", context - tokens + 1), ("Hi", 4096), ("word " * 5000, 1)):
+        with pytest.raises(
+            ParameterError, match=rf"fit: the model's context of {context:,} less max_new_tokens="
+        ):
+            fetch.check_prompt(folder, model, prompt, limit)
+
+
+def test_notebook_02_refuses_a_long_prompt_before_it_converts(weights: Path, tiny_phi3_checkpoint: Path):
+    model = catalog.find(str(tiny_phi3_checkpoint))
+    with pytest.raises(ParameterError, match=r"makes a chat of 15,004 tokens, and 4,032 fit"):
+        export.onnx_folder(model, "fp32", prompt="word " * 5000, max_new_tokens=64)
+    assert not list(weights.rglob("*.onnx"))
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, tiny_phi3_checkpoint: Path):
+    folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(fetch.ModelUnavailable, match=r"cannot be asked .*chat template of its own"):
+        fetch.check_prompt(folder, catalog.find(str(folder)), "Hi", 8)
+
+
+@pytest.mark.parametrize(("notebook", "name"), [("01", "question"), ("02", "prompt")])
+def test_a_prompt_that_is_too_long_ends_a_run_before_it_starts(notebook, name, tmp_path: Path):
+    given = ["-p", "model", "tiny-phi3", "-p", name, "word " * 5000, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "helpers", "run", notebook, *given]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert result.returncode == 2
+    assert "makes a chat of 15,004 tokens" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.ipynb"))

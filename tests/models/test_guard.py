@@ -22,14 +22,14 @@ AUTO_MAP = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model
 
 
 def change(path: Path, **settings: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | settings), encoding="utf-8")
 
 
 @pytest.fixture
 def with_code(tmp_path: Path, tiny_phi3_checkpoint: Path) -> Path:
     """A checkpoint that asks for the code beside it, as Phi-3's own does."""
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "with-code")
-    (folder / "custom.py").write_text(CODE.format(ran=str(tmp_path / "ran")) + CLASSES)
+    (folder / "custom.py").write_text(CODE.format(ran=str(tmp_path / "ran")) + CLASSES, encoding="utf-8")
     change(folder / "config.json", auto_map=AUTO_MAP)
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["custom.Tokenizer", None]})
     return folder
@@ -76,7 +76,7 @@ def test_an_index_that_names_pickles_or_files_elsewhere_is_refused(tmp_path, tin
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "sharded")
     for name in ("pytorch_model.bin", "../model.safetensors", "/model.safetensors"):
         index = {"weight_map": {"model.embed_tokens.weight": name}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         with pytest.raises(store.ModelUnavailable, match=f"names {name}, and only"):
             fetch.checkpoint(catalog.find(str(folder)))
 
@@ -106,10 +106,10 @@ def onnx(tmp_path: Path, tiny_phi3_onnx: Path) -> Path:
 
 
 def configure(folder: Path, decoder: dict | None = None, session: dict | None = None) -> None:
-    config = json.loads((folder / "genai_config.json").read_text())
+    config = json.loads((folder / "genai_config.json").read_text("utf-8"))
     config["model"]["decoder"].update(decoder or {})
     config["model"]["decoder"]["session_options"].update(session or {})
-    (folder / "genai_config.json").write_text(json.dumps(config))
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def test_a_plain_onnx_folder_is_used_where_it_lies(onnx):
@@ -138,7 +138,10 @@ def test_a_setting_that_another_of_its_name_hides_is_refused(onnx, tmp_path):
     config, written = onnx / "genai_config.json", tmp_path / "written.onnx"
     hidden = json.dumps({"session.optimized_model_filepath": str(written)})
     config.write_text(
-        config.read_text().replace('"session_options"', f'"session_options": {hidden}, "session_options"', 1)
+        config.read_text("utf-8").replace(
+            '"session_options"', f'"session_options": {hidden}, "session_options"', 1
+        ),
+        encoding="utf-8",
     )
     with pytest.raises(store.ModelUnavailable, match="'session_options' comes twice in one object"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
@@ -167,7 +170,7 @@ def test_weights_outside_of_an_onnx_folder_are_not_read(onnx, tmp_path):
 
 
 def test_a_configuration_that_is_not_json_is_told(onnx):
-    (onnx / "genai_config.json").write_text("{")
+    (onnx / "genai_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(store.ModelUnavailable, match=r"genai_config\.json is not JSON"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
 
@@ -235,7 +238,7 @@ def test_a_hub_repository_that_lists_files_outside_of_its_folder_is_refused(tmp_
 def test_a_hub_repository_whose_checksum_is_a_path_is_refused(tmp_path, monkeypatch, large):
     """Half-fetched files are named by their checksums: this one would be opened and deleted."""
     victim = tmp_path / "victim"
-    victim.write_text("precious")
+    victim.write_text("precious", encoding="utf-8")
     monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "weights"))
     files = {"model.safetensors": b"numbers", "config.json": b"{}"}
     with LocalHub({"org/name": files}).serve() as hub:
@@ -245,7 +248,7 @@ def test_a_hub_repository_whose_checksum_is_a_path_is_refused(tmp_path, monkeypa
         with pytest.raises(store.ModelUnavailable, match=f"lists '{victim}' as the checksum of .* is none"):
             fetch.checkpoint(catalog.find("org/name"))
         assert hub.fetched == []
-    assert victim.read_text() == "precious"
+    assert victim.read_text("utf-8") == "precious"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "cpu/model.onnx", "..model", "a..b/c", "LICENSE"])
@@ -327,4 +330,4 @@ def test_the_hubs_token_is_in_no_message_and_in_no_file(tmp_path, monkeypatch, s
             fetch.checkpoint(catalog.find("org/name"))
         assert hub.requests > 0
     assert token not in str(caught.value)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("utf-8")]

@@ -283,7 +283,7 @@ def test_a_branch_that_moves_between_two_tries_leaves_no_mixture(hub, weights):
     hub.repositories[CHECKPOINT]["config.json"] = b'{"new": 1}'
     assert start(hub, weights, sys.executable, "-c", code).wait(120) == 0
     (folder,) = weights.rglob("checkpoint")
-    assert (folder / "config.json").read_text() == '{"new": 1}'
+    assert (folder / "config.json").read_text("utf-8") == '{"new": 1}'
     assert not (folder / "tokenizer.json").exists()
     assert fetch.source(folder)["source_revision"] == COMMIT  # the one that the branch was at
 

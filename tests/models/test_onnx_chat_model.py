@@ -752,7 +752,9 @@ def test_messages_that_a_template_would_garble_are_an_error(tiny, messages, mess
 
 def test_messages_that_the_template_refuses_are_an_error_with_its_reason(tiny_phi3_onnx, tmp_path):
     folder = shutil.copytree(tiny_phi3_onnx, tmp_path / "onnx")
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    (folder / "chat_template.jinja").write_text(
+        "{{ raise_exception('System role not supported') }}", encoding="utf-8"
+    )
     model = load(folder)
     for render in (model.apply_chat_template, model.encode_messages):
         with pytest.raises(ValueError, match=r"refuses these messages: System role not supported[^\n]*\.$"):
@@ -774,7 +776,7 @@ def test_messages_that_the_template_refuses_are_an_error_with_its_reason(tiny_ph
 def test_special_tokens_inside_a_content_stay_text(name, text, request):
     model = request.getfixturevalue(name)
     messages = [{"role": "user", "content": text}]
-    added = json.loads((model_folder(name, request) / "tokenizer.json").read_text())["added_tokens"]
+    added = json.loads((model_folder(name, request) / "tokenizer.json").read_text("utf-8"))["added_tokens"]
     special = {token["id"] for token in added}
     plain = model.encode_messages([{"role": "user", "content": "x"}])
     ids = model.encode_messages(messages)
@@ -865,7 +867,7 @@ def test_batch_limits_do_not_change_greedy_answers(tiny, tiny_phi3_onnx):
 def test_the_file_stands_alone():
     imported = {
         name.split(".")[0]
-        for node in ast.walk(ast.parse(SOURCE.read_text()))
+        for node in ast.walk(ast.parse(SOURCE.read_text("utf-8")))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
     }

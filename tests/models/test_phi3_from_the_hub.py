@@ -139,21 +139,21 @@ def test_notebook_02_logs_the_published_folder_byte_for_byte(run, hub: LocalHub)
     assert published.ONNX_NAME in names
     for name in names:
         assert (folder / name).read_bytes() == repository[f"{published.ONNX.folder}/{name}"], name
-    needs = (logged / "requirements.txt").read_text()
+    needs = (logged / "requirements.txt").read_text("utf-8")
     assert "onnxruntime-genai" in needs
     assert "torch" not in needs
 
 
 def test_notebook_02_needs_neither_torch_nor_a_conversion_nor_the_checkpoint(run):
-    assert not run.notes.exists(), run.notes.read_text()
+    assert not run.notes.exists(), run.notes.read_text("utf-8")
     assert run.after_02 == ["onnx-int4"]
 
 
 def test_imports_of_torch_would_have_been_noted(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS)
+    (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS, encoding="utf-8")
     noted = os.environ | {"PYTHONPATH": str(tmp_path), "NOTES": str(tmp_path / "imports.txt")}
     subprocess.run([sys.executable, "-c", "import onnx"], env=noted, check=True)
-    assert (tmp_path / "imports.txt").read_text().startswith("onnx ")
+    assert (tmp_path / "imports.txt").read_text("utf-8").startswith("onnx ")
 
 
 # The folder as published in 2024 and onnxruntime-genai of today

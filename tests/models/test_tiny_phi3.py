@@ -69,7 +69,7 @@ def test_two_builds_are_identical_to_the_byte(tiny_phi3_checkpoint: Path, tmp_pa
 
 
 def test_it_is_phi_3_by_configuration_and_special_tokens(tiny_phi3_checkpoint: Path, tokenizer):
-    config = json.loads((tiny_phi3_checkpoint / "config.json").read_text())
+    config = json.loads((tiny_phi3_checkpoint / "config.json").read_text("utf-8"))
     assert config["architectures"] == ["Phi3ForCausalLM"]
     assert config["max_position_embeddings"] == 4096
     assert config["vocab_size"] == len(tokenizer) == 512

@@ -35,7 +35,7 @@ def _strike():
     temporary = tempfile.gettempdir()
     seen = {"children": children, "temporary": temporary, "files": os.listdir(temporary)}
     note = Path(os.environ["FAULT_NOTE"])
-    note.with_suffix(".new").write_text(json.dumps(seen))
+    note.with_suffix(".new").write_text(json.dumps(seen), encoding="utf-8")
     note.with_suffix(".new").rename(note)
     exec(os.environ["FAULT_DEED"], globals())  # noqa: S102 (the test's own code)
 

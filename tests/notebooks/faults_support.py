@@ -93,7 +93,7 @@ class HeadlessRun:
                    "-p", "tracking_uri", store, "--output", str(self.output)]
         # fmt: on
         self.logs = [folder / "stdout.txt", folder / "stderr.txt"]
-        with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
+        with self.logs[0].open("w", encoding="utf-8") as out, self.logs[1].open("w", encoding="utf-8") as err:
             self.process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -107,7 +107,7 @@ class HeadlessRun:
         """Return when the fault has struck."""
         deadline = time.monotonic() + seconds
         while not self.note.exists():
-            assert self.process.poll() is None, self.logs[1].read_text()[-2000:]
+            assert self.process.poll() is None, self.logs[1].read_text("utf-8")[-2000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -117,12 +117,12 @@ class HeadlessRun:
             code = self.process.wait(timeout)
         finally:
             self.process.kill()
-        output, error = (log.read_text() for log in self.logs)
+        output, error = (log.read_text("utf-8") for log in self.logs)
         ended = Ended(
             code=code,
             output=output,
             error=error.strip().splitlines()[-1] if error.strip() else "",  # papermill's bar stands before it
-            struck=json.loads(self.note.read_text()) if self.note.exists() else {},
+            struck=json.loads(self.note.read_text("utf-8")) if self.note.exists() else {},
             processes=self._left_processes(),
             files=sorted(path.name for path in [*self.temporary.iterdir(), *self.output.glob(".*.tmp-*")]),
         )

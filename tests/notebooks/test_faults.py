@@ -133,7 +133,7 @@ def server_gone(folder: Path) -> Ended:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
                "--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
     # fmt: on
-    with (folder / "server.txt").open("w") as log:
+    with (folder / "server.txt").open("w", encoding="utf-8") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{port}"
@@ -385,7 +385,7 @@ def test_a_locked_database_is_waited_for_and_then_told_in_one_sentence(scene):
     assert "StoreFault: The database of the MLflow store is locked" in ended.error
     assert "sqlalche" not in ended.error
     (executed,) = (folder / "run" / "out").glob("*.ipynb")
-    assert "sqlalchemy" not in executed.read_text()
+    assert "sqlalchemy" not in executed.read_text("utf-8")
     assert (ended.processes, ended.files) == ([], [])
     with reader(folder):  # nobody holds it any more
         assert "transformer-pipeline KILLED" in statuses(folder).values()

@@ -160,9 +160,9 @@ def test_fetching_shows_a_bar_in_the_terminal_and_an_interrupt_ends_it(tmp_path)
 
 def test_files_that_cannot_be_had_stop_it_before_the_notebook_with_the_reason(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
+    (tmp_path / "mine" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "01_TransformerPipeline.ipynb").write_text("of an earlier run")
+    (tmp_path / "out" / "01_TransformerPipeline.ipynb").write_text("of an earlier run", encoding="utf-8")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     given = ("-p", "model", "./mine", "-p", "tracking_uri", store, "--output", "out")
     result = helpers("run", "01", *given, cwd=tmp_path)
@@ -177,7 +177,7 @@ def test_files_that_cannot_be_had_stop_it_before_the_notebook_with_the_reason(tm
 def test_a_folder_is_looked_for_where_the_reader_stands_and_found_by_the_kernel(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
-    Path("mine", "config.json").write_text("{}")
+    Path("mine", "config.json").write_text("{}", encoding="utf-8")
     for values in notebooks.select([], {"model": "./mine"}).values():
         assert values == {"model": str(tmp_path / "mine")}
     for values in notebooks.select([], {"model": "tiny-phi3"}).values():
@@ -217,7 +217,7 @@ def test_code_in_a_parameter_stays_text_in_the_notebook_and_on_its_page(tmp_path
     executed = tmp_path / "out" / "01_TransformerPipeline.ipynb"
     assert f"Question: {question}" in printed(executed)
     assert not (tmp_path / "pwned").exists()
-    assert "<img src=x" not in executed.with_suffix(".html").read_text()
+    assert "<img src=x" not in executed.with_suffix(".html").read_text("utf-8")
 
 
 @settings(max_examples=300, deadline=None)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.command
 
 def test_a_full_disk_costs_the_log_and_leaves_no_server_behind():
     command = [sys.executable, background.__file__, "sh", "-c", "echo started; exec sleep 600"]
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=full, stderr=subprocess.PIPE)
     family = psutil.Process(supervisor.pid)
     while not any(child.name() == "sleep" for child in family.children()):

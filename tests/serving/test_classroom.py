@@ -263,7 +263,7 @@ def apt_get(monkeypatch, tmp_path):
             "apt-get": APT_GET.format(folder=tmp_path, made=made),
             "sudo": '#!/bin/sh\nexec "$@"\n',
         }.items():
-            (tmp_path / "bin" / name).write_text(script)
+            (tmp_path / "bin" / name).write_text(script, encoding="utf-8")
             (tmp_path / "bin" / name).chmod(0o755)
         (tmp_path / "pg-15").mkdir()
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -276,7 +276,7 @@ def apt_get(monkeypatch, tmp_path):
 def test_it_installs_postgresql_and_fetches_the_lists_of_packages_where_they_are_missing(apt_get, tmp_path):
     asked = apt_get("pg-15/initdb")
     classroom.install()
-    assert asked.read_text().split() == ["install", "update", "install"]
+    assert asked.read_text("utf-8").split() == ["install", "update", "install"]
     assert classroom.binaries() == tmp_path / "pg-15"
 
 
@@ -284,7 +284,7 @@ def test_an_installation_without_the_programs_is_told(apt_get):
     asked = apt_get("pg-15/readme")
     with pytest.raises(RuntimeError, match=r"could not be installed\. Install it with `sudo apt-get"):
         classroom.install()
-    assert asked.read_text().split() == ["install", "update", "install"]
+    assert asked.read_text("utf-8").split() == ["install", "update", "install"]
 
 
 def test_a_public_address_is_told_what_is_not_protected():

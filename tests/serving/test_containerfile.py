@@ -34,7 +34,7 @@ def context(registered_onnx, tmp_path_factory):
 
 def instructions(dockerfile) -> list[tuple[str, str]]:
     """(instruction, its arguments) in order; comments dropped, continued lines joined."""
-    text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", dockerfile.read_text(), flags=re.MULTILINE))
+    text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", dockerfile.read_text("utf-8"), flags=re.MULTILINE))
     return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
 
@@ -75,8 +75,8 @@ def test_everything_that_is_copied_is_in_the_context_and_readable_for_all(contex
 
 
 def test_every_package_has_one_version_and_the_models_own_pins_win(context):
-    own = (context / "model_dir" / "requirements.txt").read_text().split()
-    others = (context / "constraints.txt").read_text().splitlines()
+    own = (context / "model_dir" / "requirements.txt").read_text("utf-8").split()
+    others = (context / "constraints.txt").read_text("utf-8").splitlines()
     assert own
     assert all("==" in line for line in [*own, *others])
     assert not {line.split("==")[0] for line in own} & {line.split("==")[0] for line in others}
@@ -89,7 +89,7 @@ def test_writing_it_again_changes_nothing(context):
 
 
 def test_a_folder_with_other_content_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="holds something else"):
         containerfile.write(CHAMPION, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

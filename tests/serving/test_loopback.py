@@ -108,7 +108,8 @@ def test_mlflows_pages_listen_on_this_machine_only_and_the_store_is_on_no_comman
 
 def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
     (tmp_path / "jupyter_server_config.py").write_text(
-        "c.ServerApp.open_browser = False\nc.ServerApp.allow_root = True\n"  # tests may run as root
+        "c.ServerApp.open_browser = False\nc.ServerApp.allow_root = True\n",  # tests may run as root
+        encoding="utf-8",
     )
     port, token = background.free_port(), "a-token-of-the-tests"
     environment = {

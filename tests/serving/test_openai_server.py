@@ -104,7 +104,7 @@ def running(model_uri, store, log_folder, environment=None, **options):
     port, log = free_port(), log_folder / f"server-{time.monotonic_ns()}.log"
     arguments = {"model_uri": model_uri, "port": port, "tracking_uri": store} | options
     code = f"from helpers.serving import openai_server as s\ns.BODY_SECONDS = 3\ns.serve(**{arguments!r})"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=output, stderr=output, env=os.environ | (environment or {})
         )
@@ -113,8 +113,8 @@ def running(model_uri, store, log_folder, environment=None, **options):
     try:
         deadline = time.monotonic() + 600
         while not _healthy(server):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text("utf-8")
+            assert time.monotonic() < deadline, log.read_text("utf-8")
             time.sleep(0.1)
         yield server
     finally:
@@ -304,15 +304,15 @@ Decoder = Logged
 
 def test_concurrent_requests_share_batches(register_python_model, tiny_phi3_onnx, store, tmp_path):
     code, log = tmp_path / "logging_wrapper.py", tmp_path / "batches.log"
-    wrapper = Path(onnx_chat_model.__file__).read_text()
-    code.write_text(wrapper + LOGGING_WRAPPER.format(log=str(log)))
+    wrapper = Path(onnx_chat_model.__file__).read_text("utf-8")
+    code.write_text(wrapper + LOGGING_WRAPPER.format(log=str(log)), encoding="utf-8")
     folder = {"phi3-mini-onnx": str(tiny_phi3_onnx)}
     uri = register_python_model("logged", code, artifacts=folder)
     with running(uri, store, tmp_path) as server, ThreadPoolExecutor(8) as pool:
         asked = body(model="logged", messages=COUNT, max_tokens=1000)
         replies = list(pool.map(server.post, [asked] * 8))
     assert [reply.status_code for reply in replies] == [200] * 8
-    rows = [int(line) for line in log.read_text().split()]
+    rows = [int(line) for line in log.read_text("utf-8").split()]
     assert sum(rows) == 8
     assert max(rows) > 1
 
@@ -468,12 +468,12 @@ def test_a_client_that_goes_while_it_sends_is_counted_and_logged(tiny):
     gone = tiny.metric('chat_requests_total{status="499"}')
     tiny.connect(b"{", length=100).close()
     assert eventually(lambda: tiny.metric('chat_requests_total{status="499"}') == gone + 1)
-    assert "499 'The client has gone.'" in tiny.log.read_text()
+    assert "499 'The client has gone.'" in tiny.log.read_text("utf-8")
 
 
 def test_every_refusal_is_in_the_log_under_its_request_id(tiny):
     reply = tiny.post(b"{")
-    assert f"{reply.headers['x-request-id']} 400 'The body is not valid JSON" in tiny.log.read_text()
+    assert f"{reply.headers['x-request-id']} 400 'The body is not valid JSON" in tiny.log.read_text("utf-8")
 
 
 def test_the_server_is_well_after_all_that(tiny):
@@ -511,7 +511,7 @@ mlflow.models.set_model(Failing())
 def failing(register_python_model, store, tmp_path_factory):
     """Fails early or late, with the error that it is asked for."""
     folder = tmp_path_factory.mktemp("failing")
-    (folder / "failing_model.py").write_text(FAILING_MODEL)
+    (folder / "failing_model.py").write_text(FAILING_MODEL, encoding="utf-8")
     uri = register_python_model("failing", folder / "failing_model.py")
     with running(uri, store, folder, trace_sampling=1.0) as server:
         yield server
@@ -526,8 +526,8 @@ def test_a_failing_model_is_a_500_whose_cause_stays_in_the_log(failing, text):
     reply = failing.post(failure(text))
     assert is_openai_error(reply, 500)
     assert "secret" not in reply.text
-    assert f"{reply.headers['x-request-id']} failed" in failing.log.read_text()
-    assert "The secret inside" in failing.log.read_text()
+    assert f"{reply.headers['x-request-id']} failed" in failing.log.read_text("utf-8")
+    assert "The secret inside" in failing.log.read_text("utf-8")
 
 
 def test_what_a_model_refuses_before_it_begins_is_a_400_in_its_own_words(failing):
@@ -622,7 +622,7 @@ def workspaces(tmp_path):
 
 
 def test_tracing_finds_the_model_in_its_workspace_and_leaves_its_traces_there(workspaces, tmp_path):
-    (tmp_path / "failing_model.py").write_text(FAILING_MODEL)
+    (tmp_path / "failing_model.py").write_text(FAILING_MODEL, encoding="utf-8")
     with mlflow.start_run():
         mlflow.pyfunc.log_model(
             python_model=str(tmp_path / "failing_model.py"), name="failing", registered_model_name="failing"
@@ -668,7 +668,7 @@ def test_a_client_that_goes_stops_its_work_and_is_counted(guarded, store):
     expected = [old + new for old, new in zip(before, added, strict=True)]
     assert eventually(lambda: [guarded.metric(name) for name in GONE] == expected)
     request_id = first.id.replace("chatcmpl-", "req_")
-    assert f"{request_id} POST '/v1/chat/completions' 499" in guarded.log.read_text()
+    assert f"{request_id} POST '/v1/chat/completions' 499" in guarded.log.read_text("utf-8")
 
 
 def test_a_client_that_times_out_stops_its_work_and_is_counted(guarded):
@@ -742,7 +742,7 @@ mlflow.models.set_model(Talkative())
 
 def test_a_reader_that_takes_nothing_gets_no_more_time(register_python_model, store, tmp_path):
     code = tmp_path / "talkative_model.py"
-    code.write_text(TALKATIVE_MODEL)
+    code.write_text(TALKATIVE_MODEL, encoding="utf-8")
     uri = register_python_model("talkative", code)
     asked = json.dumps(body(model="talkative", stream=True)).encode()
     with running(uri, store, tmp_path, timeout=3) as server:
@@ -787,7 +787,7 @@ def test_a_stopped_server_waits_only_so_long_and_says_so(smollm2_uri, store, tmp
         assert int(whole.result().headers["retry-after"]) > 0
         assert server.process.wait(300) == 0
         assert left(processes) == []
-        assert "Traceback" not in server.log.read_text()
+        assert "Traceback" not in server.log.read_text("utf-8")
 
 
 def test_a_body_that_is_still_coming_when_the_server_is_cut_off_is_a_503(tiny_uri, store, tmp_path):
@@ -797,7 +797,7 @@ def test_a_body_that_is_still_coming_when_the_server_is_cut_off_is_a_503(tiny_ur
             server.process.send_signal(signal.SIGTERM)
             assert is_openai_error(reply_on(connection), 503)
         assert server.process.wait(300) == 0
-        assert "Traceback" not in server.log.read_text()
+        assert "Traceback" not in server.log.read_text("utf-8")
 
 
 def test_a_killed_server_leaves_no_process(smollm2_uri, store, tmp_path):
@@ -818,7 +818,7 @@ def test_the_server_ends_with_its_worker_and_says_so(smollm2_uri, store, tmp_pat
         with pytest.raises(openai.APIError, match="The model's process has ended"):
             list(chunks)
         assert server.process.wait(300) == 1
-        assert "The model's process ended, so the server did." in server.log.read_text()
+        assert "The model's process ended, so the server did." in server.log.read_text("utf-8")
 
 
 def test_a_notebook_has_the_server_for_the_length_of_a_block(tiny_uri, store, capfd):
@@ -869,7 +869,8 @@ def test_a_model_that_cannot_chat_is_refused_by_name(register_python_model, stor
         "import mlflow\n"
         "class Echo(mlflow.pyfunc.PythonModel):\n"
         "    def predict(self, context, model_input: list[str]) -> list[str]: return model_input\n"
-        "mlflow.models.set_model(Echo())\n"
+        "mlflow.models.set_model(Echo())\n",
+        encoding="utf-8",
     )
     error = failed_start(register_python_model("echo", code), store)
     assert "models:/echo@champion has no generate and encode_messages" in error
@@ -882,7 +883,8 @@ def test_a_model_that_fails_to_load_says_why(register_python_model, store, tmp_p
         "class Broken(mlflow.pyfunc.PythonModel):\n"
         "    def load_context(self, context): raise mlflow.MlflowException('a file is missing')\n"
         "    def predict(self, context, model_input: list[str]) -> list[str]: return model_input\n"
-        "mlflow.models.set_model(Broken())\n"
+        "mlflow.models.set_model(Broken())\n",
+        encoding="utf-8",
     )
     assert "a file is missing" in failed_start(register_python_model("broken", code), store)
 

@@ -104,11 +104,11 @@ def test_a_complete_machine_is_told_so(set_up, smollm2_checkpoint):
 @pytest.mark.environment
 def test_a_missing_package_and_another_version_are_named_with_the_mend(set_up):
     (installed,) = library(set_up).glob("tqdm-*.dist-info")
-    metadata = (installed / "METADATA").read_text()
+    metadata = (installed / "METADATA").read_text("utf-8")
     installed.unlink()
     installed.mkdir()
     (installed / "METADATA").write_text(
-        metadata.replace(f"\nVersion: {environment.locked()['tqdm']}", "\nVersion: 0.1")
+        metadata.replace(f"\nVersion: {environment.locked()['tqdm']}", "\nVersion: 0.1"), encoding="utf-8"
     )
     next(library(set_up).glob("papermill-*.dist-info")).unlink()
     code, found = doctor(set_up)
@@ -150,7 +150,7 @@ def test_a_kernel_of_that_name_from_elsewhere_is_noticed(set_up, tmp_path, flags
     argv = [sys.executable, *flags, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     listed = ", ".join(f'"{part}"' for part in argv)
     (spec / "kernel.json").write_text(
-        f'{{"argv": [{listed}], "display_name": "stray", "language": "python"}}'
+        f'{{"argv": [{listed}], "display_name": "stray", "language": "python"}}', encoding="utf-8"
     )
     state, text = doctor(set_up, JUPYTER_PATH=tmp_path / "jupyter")[1]["kernel"]
     assert state == "TO DO"
@@ -289,7 +289,7 @@ def test_a_database_that_cannot_be_written_is_missing(clone, tmp_path):
 def test_a_wheelhouse_for_another_python_is_a_note(clone):
     (clone / "wheelhouse").mkdir()
     (clone / "wheelhouse" / environment.CONTENTS).write_text(
-        "# Plan9 z80 with Python 3.99\n# requirements.lock 0\n"
+        "# Plan9 z80 with Python 3.99\n# requirements.lock 0\n", encoding="utf-8"
     )
     state, text = doctor(clone)[1]["wheelhouse"]
     assert state == "NOTE"

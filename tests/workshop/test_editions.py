@@ -129,7 +129,7 @@ def test_a_second_call_writes_them_anew_but_not_over_somebody_s_work(tmp_path, c
 
 def test_a_file_that_is_no_notebook_is_not_overwritten_either(tmp_path, capsys):
     (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "01_TransformerPipeline.ipynb").write_text("my notes")
+    (tmp_path / "student" / "01_TransformerPipeline.ipynb").write_text("my notes", encoding="utf-8")
     assert main(["student", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "full").exists()

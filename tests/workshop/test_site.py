@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(folder) -> dict[Path, BeautifulSoup]:
-    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in folder.glob("*.html")}
+    return {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in folder.glob("*.html")}
 
 
 def test_it_has_the_start_page_both_notebooks_and_the_guides(folder, pages):
@@ -77,7 +77,7 @@ def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(folder, pages):
         loaded = [tag.get("src") or tag.get("href") for tag in soup.select("img, link, source, video, audio")]
         assert not [address for address in loaded if EXTERNAL.match(address)]
     for sheet in [folder / "style.css", *pages]:
-        assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//", sheet.read_text())
+        assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//", sheet.read_text("utf-8"))
 
 
 def test_headings_are_in_order_under_one_first_heading(pages):
@@ -137,8 +137,8 @@ def test_a_run_of_the_notebook_as_it_is_is_shown_and_any_other_gives_way_to_the_
     change(book)
     nbformat.write(book, tmp_path / path.name)
     page = site.build(executed=tmp_path, output=tmp_path / "site").with_name("01_TransformerPipeline.html")
-    assert ("printed by the run" in page.read_text()) == shown
-    assert ("As it ran headless" in page.read_text()) == shown
+    assert ("printed by the run" in page.read_text("utf-8")) == shown
+    assert ("As it ran headless" in page.read_text("utf-8")) == shown
 
 
 def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, monkeypatch):
@@ -146,13 +146,13 @@ def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, mon
     project.mkdir()
     for name in ("notebooks", "docs", "benchmarks"):
         shutil.copytree(site.ROOT / name, project / name)
-    (project / "README.md").write_text("# A project\n\nSee [the plan](PLAN.md).\n")
+    (project / "README.md").write_text("# A project\n\nSee [the plan](PLAN.md).\n", encoding="utf-8")
     monkeypatch.setattr(site, "ROOT", project)
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "index.html").write_text("the old one")
+    (tmp_path / "site" / "index.html").write_text("the old one", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md links to 'PLAN\.md', which is not there"):
         site.build(executed=tmp_path, output=tmp_path / "site")
-    assert (tmp_path / "site" / "index.html").read_text() == "the old one"
+    assert (tmp_path / "site" / "index.html").read_text("utf-8") == "the old one"
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 

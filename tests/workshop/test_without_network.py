@@ -55,7 +55,7 @@ def cut_off(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     prefix = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", LOOPBACK_ONLY]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         prefix = []
-        (home / "sitecustomize.py").write_text(GUARD)
+        (home / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
         base["PYTHONPATH"] = str(home)
 
     def run(*command: object, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess:
@@ -252,6 +252,6 @@ def test_a_wheelhouse_that_does_not_fit_is_refused_before_anything_is_made(
 
 def _rewrite(stick: Path, line: int, text: str) -> None:
     contents = stick / environment.CONTENTS
-    lines = contents.read_text().splitlines()
+    lines = contents.read_text("utf-8").splitlines()
     contents.unlink()  # it may be a link to the original
-    contents.write_text("\n".join([*lines[:line], text, *lines[line + 1 :]]))
+    contents.write_text("\n".join([*lines[:line], text, *lines[line + 1 :]]), encoding="utf-8")

@@ -47,7 +47,7 @@ def explain(error: BaseException) -> str | None:
             "End that program (a notebook, a server, a database viewer) and run again."
         )
     if any(part in text for part in _DAMAGED):
-        return _damaged(_this_database())
+        return _damaged(_this_database(), "as SQLite finds")
     if _NEWER in text:
         return _newer(_this_database())
     if gone := re.search(r"No such artifact: '(.*)'", text):
@@ -69,10 +69,10 @@ START_OVER = (
 _ANOTHER = "name another store: tracking_uri sqlite:////path/my.db"
 
 
-def _damaged(database: object) -> str:
+def _damaged(database: object, reason: object) -> str:
     return (
-        f"{database} is damaged. Put a copy of it in its place, move it away to start with an empty store, "
-        f"or {_ANOTHER}"
+        f"{database} is damaged ({reason}). Put a copy of it in its place, move it away to start with an "
+        f"empty store, or {_ANOTHER}"
     )
 
 
@@ -142,17 +142,17 @@ def refuse_unusable(database: Path, patience: float | None = None) -> None:
         with contextlib.closing(sqlite3.connect(database, timeout=patience)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()
-            sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             revision = _revision(connection)
     except OSError as error:
         raise StoreFault(explain(error) or unwritable(database.parent, error.strerror)) from None
     except sqlite3.Error as error:
         if any(part in str(error) for part in _DAMAGED):
-            raise StoreFault(_damaged(database)) from None
+            raise StoreFault(_damaged(database, error)) from None
         sentence = explain(error)
         raise StoreFault(f"{database}: {sentence}" if sentence else unwritable(database, error)) from None
-    if not sound:
-        raise StoreFault(_damaged(database))
+    if state != "ok":
+        raise StoreFault(_damaged(database, " ".join(state.split())))
     if _is_newer(revision):
         raise StoreFault(_newer(database))
 

@@ -69,21 +69,27 @@ def resolved(uri: str) -> str:
     PostgreSQL gets the driver that is locked; left alone, SQLAlchemy 2.1 takes psycopg 3.
     """
     if file := sqlite_file(uri):
-        # SQLAlchemy 2.1 decodes %XX in a path and ends it at a question mark.
-        return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+        return sqlite_uri(file)
     return re.sub("^postgresql:", "postgresql+psycopg2:", uri)
+
+
+def sqlite_uri(file: Path) -> str:
+    """The tracking URI of a database file: SQLAlchemy 2.1 decodes `%XX` in it and ends it at a `?`."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names; None for a URI of another kind.
 
-    A path that was pasted as it is, as in `sqlite:///$PWD/mlflow.db`, is taken too if only its folder exists.
+    A path that was pasted as it is, as in `sqlite:///$PWD/mlflow.db`, is taken too, if its folder exists and
+    can be meant.
     """
     if not uri.startswith("sqlite:///"):
         return None
-    pasted = uri.removeprefix("sqlite:///")
-    file = ROOT / unquote(pasted.partition("?")[0])
-    return ROOT / pasted if (ROOT / pasted).parent.is_dir() and not file.parent.is_dir() else file
+    text = uri.removeprefix("sqlite:///")
+    pasted, file = ROOT / text, ROOT / unquote(text.partition("?")[0])
+    is_path = "?" in str(pasted.parent) or not file.parent.is_dir()
+    return pasted if is_path and pasted.parent.is_dir() else file
 
 
 def store(uri: str, name: str = "tracking_uri") -> str:

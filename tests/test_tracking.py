@@ -227,7 +227,7 @@ os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     tracking.connect(sqlite_uri, "another")
-    assert capsys.readouterr().out == ""  # an experiment is mended when it is used
+    assert capsys.readouterr().out == ""  # an experiment is put right when it is used
     mlflow.set_experiment("shared")
     with mlflow.start_run(run_name="of a living process"):
         tracking.connect(sqlite_uri, "shared")

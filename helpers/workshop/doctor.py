@@ -39,7 +39,7 @@ Finding = tuple[str, str]  # OK, TO DO or NOTE; what is there, or what to do
 
 ENVIRONMENT_SIZE = 2_500_000_000  # bytes, measured on Linux with torch's CPU build
 MEMORY = 4_000_000_000  # bytes: 3.1 GB measured at most, one notebook at a time, and room for the system
-EXPERIMENTS = ("small-language-models", "serving")  # the notebooks use these unless they are told another
+EXPERIMENTS = ("small-language-models", "serving")  # what the notebooks use by default
 PORTS = {
     5000: "`make ui` and `make classroom` need another (macOS keeps 5000 for AirPlay): make ui PORT=5001, "
     'make classroom PARAMS="--port 5001"',

@@ -92,6 +92,8 @@ def connect(tracking_uri: str, experiment: str) -> str:
     """
     # By default MLflow's client asks a server that is gone for four minutes; this is half a minute.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    # Shards of MLflow's 500 MB would cut SmolLM2's one file in two, which `share_files` could not know again.
+    os.environ.setdefault("MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE", "1GB")
     context = json.loads(os.environ.get("MLFLOW_RUN_CONTEXT", "{}"))  # tags for every run, says MLflow
     os.environ["MLFLOW_RUN_CONTEXT"] = json.dumps(context | {faults.OWNER: faults.this_process()})
     # `mlflow run` starts a run for the project and hands it on; the notebook's runs are its own.

@@ -49,12 +49,22 @@ def open_store(tracking_uri: str = "") -> str:
     _quiet()
     mlflow.set_tracking_uri(uri)
     if file:
-        places.make_link(file.parent)
         # Two notebooks that start at once would both create the database's tables.
         with _lock(file):
             mlflow.MlflowClient().search_experiments(max_results=1)
-            places.settle(file, places.artifacts(file.parent))
+            places.settle(file, _artifacts(file))
     return uri
+
+
+def _artifacts(file: Path | None) -> Path:
+    """The artifact folder of a database, to be reached by MLflow; None: one that is no file."""
+    folder = file.parent if file else ROOT
+    try:
+        places.make_link(folder)
+    except OSError as error:
+        link = places.artifacts(folder).parent
+        raise faults.StoreFault(faults.unwritable(link, error.strerror)) from None
+    return places.artifacts(folder)
 
 
 @contextlib.contextmanager
@@ -101,7 +111,7 @@ def connect(tracking_uri: str, experiment: str) -> str:
     uri = open_store(tracking_uri)
     _enter_workspace(uri, experiment)
     faults.guard(
-        choose_experiment(experiment, f"choose another name: -p experiment {shlex.quote(experiment)}-2")
+        choose_experiment(experiment, f"choose another name: -p experiment {shlex.quote(experiment + '-2')}")
     )
     return uri
 
@@ -122,8 +132,7 @@ def choose_experiment(name: str, otherwise: str) -> str:
         return mlflow.set_experiment(name).experiment_id
     # MLflow would put artifacts under the working directory, which differs between papermill and Jupyter.
     file = parameters.sqlite_file(uri)
-    folder = places.artifacts(file.parent if file else ROOT)
-    places.make_link(folder.parent)
+    folder = _artifacts(file)
     with _lock(file):
         _refuse_deleted(name, otherwise)
         if mlflow.get_experiment_by_name(name) is None:

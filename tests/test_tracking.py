@@ -116,7 +116,7 @@ def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(sqlite_uri):
     assert f"'an experiment' was deleted, and its name stays taken. Restore it: {command} " in str(
         caught.value
     )
-    assert "-p experiment 'an experiment'-2" in str(caught.value)
+    assert "-p experiment 'an experiment-2'" in str(caught.value)
     words = [sys.executable, "-m", "mlflow", *command.split()[2:]]
     subprocess.run(
         words, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": sqlite_uri}, capture_output=True

@@ -66,7 +66,7 @@ lab: setup ## open the notebooks in JupyterLab
 	$(VENV)/jupyter lab "$$NOTEBOOK" $$PARAMS
 
 ui: setup ## look at runs, models and traces in MLflow's UI
-	@uri="$${TRACKING_URI:-sqlite:///$$PWD/mlflow.db}"; \
+	@uri="$${TRACKING_URI:-sqlite:///$$(printf %s "$$PWD" | sed 's/%/%25/g; s/?/%3F/g')/mlflow.db}"; \
 	  case "$$uri" in postgresql:*) uri="postgresql+psycopg2:$${uri#postgresql:}";; esac; \
 	  MLFLOW_BACKEND_STORE_URI="$$uri" $(VENV)/mlflow ui --host 127.0.0.1 --port "$${PORT:-5000}"
 

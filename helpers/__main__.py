@@ -264,12 +264,10 @@ def _classroom(options: argparse.Namespace) -> None:
 
 
 def _containerfile(options: argparse.Namespace) -> None:
-    import mlflow
-
-    from helpers import tracking
+    from helpers import parameters, tracking
     from helpers.serving import containerfile
 
-    mlflow.set_tracking_uri(tracking.default_uri())
+    tracking.open_store(parameters.store(""))
     print(
         f"Build it: docker build {os.path.relpath(containerfile.write(options.model, options.output).parent)}"
     )

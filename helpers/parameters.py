@@ -8,10 +8,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 from helpers.models import catalog
 
 ROOT = Path(__file__).resolve().parents[1]
+VARIABLE = "MLFLOW_TRACKING_URI"  # names the store where no parameter does
 
 
 class ParameterError(ValueError):
@@ -66,16 +68,64 @@ def resolved(uri: str) -> str:
 
     PostgreSQL gets the driver that is locked; left alone, SQLAlchemy 2.1 takes psycopg 3.
     """
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{ROOT / uri.removeprefix('sqlite:///')}"
+    if file := sqlite_file(uri):
+        return sqlite_uri(file)
     return re.sub("^postgresql:", "postgresql+psycopg2:", uri)
 
 
+def sqlite_uri(file: Path) -> str:
+    """The tracking URI of a database file: SQLAlchemy 2.1 decodes `%XX` in it and ends it at a `?`."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file that a tracking URI names; None for a URI of another kind.
+
+    A path that was pasted as it is, as in `sqlite:///$PWD/mlflow.db`, is taken too, if its folder exists and
+    can be meant.
+    """
+    if not uri.startswith("sqlite:///"):
+        return None
+    text = uri.removeprefix("sqlite:///")
+    pasted, file = ROOT / text, ROOT / unquote(text.partition("?")[0])
+    is_path = "?" in str(pasted.parent) or not file.parent.is_dir()
+    return pasted if is_path and pasted.parent.is_dir() else file
+
+
+def store(uri: str, name: str = "tracking_uri") -> str:
+    """Check which store a command gets, and return its URI, resolved; "" for the project's own.
+
+    Args:
+        uri: as it was given; if it is empty, MLFLOW_TRACKING_URI counts.
+        name: what the message calls it; a command's option begins with `--`.
+    Raises:
+        ParameterError: if it cannot be used.
+    """
+    _tracking_uri(name, uri)
+    return resolved(uri or os.environ.get(VARIABLE, ""))
+
+
 def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
-    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with -p {name} {example}")
+    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with {_setting(name, example)}")
+
+
+def _setting(name: str, value: str) -> str:
+    """How to give a value to a notebook's parameter, to a command's option, or to the variable."""
+    if name == VARIABLE:
+        return f"export {name}={value}"
+    return f"{name} {value}" if name.startswith("--") else f"-p {name} {value}"
+
+
+def _without(name: str) -> str:
+    return f"unset {name}" if name == VARIABLE else f"leave {name} empty"
 
 
 def _text(name: str, value: object) -> None:
+    if isinstance(value, (bool, int, float)):
+        raise ParameterError(
+            f"{name}={value!r} is not a text. papermill's -p reads numbers, True and False as what they look "
+            f"like; -r leaves them a text: -r {name} {value} In the notebook's cell, put it in quotes."
+        )
     if not isinstance(value, str) or not value.strip():
         raise _error(name, value, "a text with at least one character", '"some text"')
 
@@ -113,23 +163,25 @@ def _tracking_uri(name: str, value: object) -> None:
     """Accept the empty text (the project's own store), a reachable server, or a database URI."""
     if not isinstance(value, str):
         raise _error(name, value, "a text (empty: the project's own mlflow.db)", "http://127.0.0.1:5000")
-    if without_password(value) != value:
+    if without_password(value) != value and not name.startswith("--"):
         raise ParameterError(
             f"{name}={without_password(value)!r} holds a password, and parameters are saved in the notebook. "
-            f"Set the environment variable MLFLOW_TRACKING_URI to it instead, and leave {name} empty."
+            f"Set the environment variable {VARIABLE} to it instead, and leave {name} empty."
         )
-    given = value or os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = resolved(given)
+    if not value:
+        name, value = VARIABLE, os.environ.get(VARIABLE, "")
+    uri = resolved(value)
     if uri.startswith(("http://", "https://")):
         _reachable(name, uri)
-    elif uri.startswith("sqlite:///"):
-        if not Path(uri.removeprefix("sqlite:///")).parent.is_dir():
+    elif file := sqlite_file(value):
+        if file.is_dir() or not file.parent.is_dir():
+            wrong = "is a folder, not a file" if file.is_dir() else "lies in a folder that does not exist"
             raise ParameterError(
-                f"{name}={uri!r} lies in a folder that does not exist. Make it, or set -p {name} "
-                "sqlite:////absolute/path/mlflow.db"
+                f"{name}={uri!r} {wrong}. Make that folder, or name another file: "
+                f"{_setting(name, 'sqlite:////absolute/path/mlflow.db')}"
             )
     elif uri.startswith("postgresql+psycopg2://"):
-        _opens(name, given)
+        _opens(name, value)
     elif uri:
         raise _error(
             name,
@@ -149,7 +201,7 @@ def _reachable(name: str, uri: str, timeout: float = 5.0) -> None:
         reason = getattr(error, "reason", error)
         raise ParameterError(
             f"{name}={without_password(uri)!r} does not answer ({reason}). Start it with `mlflow server`, "
-            f"or leave {name} empty to use the project's own mlflow.db."
+            f"or {_without(name)} to use the project's own mlflow.db."
         ) from None
 
 
@@ -171,7 +223,7 @@ def _opens(name: str, uri: str, timeout: int = 4) -> None:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
         raise ParameterError(
             f"{name}={without_password(uri)!r} cannot be opened ({reason}). Start PostgreSQL and make the "
-            f"database, or leave {name} empty to use the project's own mlflow.db."
+            f"database, or {_without(name)} to use the project's own mlflow.db."
         ) from None
 
 

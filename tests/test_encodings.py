@@ -51,7 +51,7 @@ def test_what_a_child_process_prints_is_read_in_a_named_encoding():
 
 
 @pytest.mark.parametrize(
-    "line", ["(folder / name).read_text("utf-8")", "path.write_text(text)", "open(name, 'w')", "log.open('a')"]
+    "line", ["(folder / name).read_text()", "path.write_text(text)", "open(name, 'w')", "log.open('a')"]
 )
 def test_a_line_that_leaves_it_to_the_system_is_found(line):
     assert list(nameless(line)) == [1]

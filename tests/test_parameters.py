@@ -63,6 +63,64 @@ def test_a_bad_value_is_named_with_what_is_allowed_and_how_to_set_it(name, value
     assert f"-p {name} " in sentence
 
 
+@pytest.mark.parametrize("name", ["experiment", "question", "prompt"])
+@pytest.mark.parametrize("value", [2024, 3.5, True])
+def test_a_text_that_papermill_took_for_something_else_is_given_with_r(name, value):
+    sentence = refused(**{name: value})
+    assert sentence.startswith(f"{name}={value!r} is not a text.")
+    assert f"-r {name} {value}" in sentence
+    assert "-p name" not in sentence
+
+
+@pytest.mark.parametrize(
+    "value", ["./mlruns", "mlruns", "file:///tmp/mlruns", "databricks", "sqlite:///no/my.db"]
+)
+def test_a_store_of_the_environment_is_refused_in_the_variables_name(monkeypatch, value):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    sentence = refused(tracking_uri="")
+    assert sentence.startswith("MLFLOW_TRACKING_URI=")
+    assert "export MLFLOW_TRACKING_URI=" in sentence
+    assert "tracking_uri" not in sentence.replace("MLFLOW_TRACKING_URI", "")
+    with pytest.raises(ParameterError, match="MLFLOW_TRACKING_URI="):
+        parameters.store("")
+
+
+def test_a_headless_run_refuses_the_environment_s_store_before_it_starts(monkeypatch, capsys):
+    from helpers.__main__ import main
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    for command in (["run", "01"], ["containerfile", "--output", "nowhere"], ["serve"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith("error: MLFLOW_TRACKING_URI='./mlruns' is not")
+
+
+def test_a_command_s_option_is_refused_in_its_name():
+    with pytest.raises(
+        ParameterError, match=r"--tracking-uri='mlruns' is not .* Set it with --tracking-uri "
+    ):
+        parameters.store("mlruns", "--tracking-uri")
+
+
+def test_a_folder_is_no_database(tmp_path):
+    assert "is a folder, not a file" in refused(tracking_uri=f"sqlite:///{tmp_path}")
+    assert "is a folder, not a file" in refused(tracking_uri="sqlite:///")
+
+
+@pytest.mark.parametrize(
+    "name", ["a%2Fb", "a%20b", "a?b", "a#b", "a b", "100%", "数据", "Größe", "a;b&c=d+e"]
+)
+def test_the_path_of_a_database_survives_being_a_uri(tmp_path, name):
+    import sqlalchemy
+
+    folder = tmp_path / name
+    folder.mkdir()
+    uri = parameters.sqlite_uri(folder / "my.db")
+    assert sqlalchemy.make_url(uri).database == str(folder / "my.db")
+    for given in (uri, f"sqlite:///{folder}/my.db"):  # as made here, and as pasted from a shell
+        assert parameters.sqlite_file(given) == folder / "my.db"
+        assert parameters.resolved(given) == uri
+
+
 def test_an_unknown_model_is_answered_with_the_catalogue():
     sentence = refused(model="phi-33")
     assert "phi-33" in sentence
@@ -203,7 +261,7 @@ def test_a_password_is_no_parameter_and_is_not_shown(uri, shown):
 def test_a_password_in_the_environment_may_be_used_and_is_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
     said = refused(tracking_uri="")
-    assert said.startswith("tracking_uri='http://me:***@127.0.0.1:9' does not answer")
+    assert said.startswith("MLFLOW_TRACKING_URI='http://me:***@127.0.0.1:9' does not answer")
     assert "hunter2" not in said
 
 

@@ -6,14 +6,15 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from helpers import faults, parameters, tracking
+from helpers import faults, parameters, places, tracking
 from helpers.models import onnx_chat_model
-from helpers.serving import background, classroom
+from helpers.serving import background, classroom, openai_server
 
 pytestmark = pytest.mark.command
 
@@ -108,6 +109,117 @@ def test_a_locked_database_is_told_before_any_work(sqlite_uri, tmp_path, monkeyp
     tracking.connect(sqlite_uri, "an experiment")
 
 
+def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(sqlite_uri):
+    tracking.connect(sqlite_uri, "an experiment")
+    number = mlflow.get_experiment_by_name("an experiment").experiment_id
+    mlflow.delete_experiment(number)
+    with pytest.raises(faults.StoreFault) as caught:
+        tracking.connect(sqlite_uri, "an experiment")
+    command = f"MLFLOW_TRACKING_URI={sqlite_uri} mlflow experiments restore --experiment-id {number}"
+    assert f"'an experiment' was deleted, and its name stays taken. Restore it: {command} " in str(
+        caught.value
+    )
+    assert "-p experiment 'an experiment-2'" in str(caught.value)
+    words = [sys.executable, "-m", "mlflow", *command.split()[2:]]
+    subprocess.run(
+        words, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": sqlite_uri}, capture_output=True
+    )
+    tracking.connect(sqlite_uri, "an experiment")
+
+
+def test_the_experiment_of_traces_is_named_when_it_was_deleted(registered_onnx):
+    before = mlflow.get_tracking_uri()
+    tracking.connect(registered_onnx, "serving")
+    number = mlflow.get_experiment_by_name("serving").experiment_id
+    mlflow.delete_experiment(number)
+    try:
+        asked = openai_server.running("models:/slm-onnx@champion", trace_sampling=1.0)
+        with pytest.raises(RuntimeError, match=r"'serving' was deleted.*serve without traces"), asked:
+            pass
+    finally:
+        mlflow.MlflowClient().restore_experiment(number)
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize("damage", ["header", "page", "another program's file"])
+def test_a_damaged_database_is_named(sqlite_uri, tmp_path, damage):
+    tracking.connect(sqlite_uri, "an experiment")
+    file = tmp_path / "mlflow.db"
+    content = bytearray(file.read_bytes())
+    if damage == "header":
+        content[:16] = bytes(16)
+    elif damage == "page":
+        content[4096 * 3 : 4096 * 4] = b"?" * 4096
+    else:
+        content = b"a text of another program\n" * 100
+    file.write_bytes(content)
+    with pytest.raises(faults.StoreFault, match=r"mlflow\.db is damaged .* move it away"):
+        tracking.connect(sqlite_uri, "an experiment")
+
+
+def test_a_database_of_a_newer_mlflow_is_named_and_left_alone(sqlite_uri, tmp_path):
+    tracking.connect(sqlite_uri, "an experiment")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'f00dfeed0001'")
+        database.commit()
+    before = (tmp_path / "mlflow.db").read_bytes()
+    with pytest.raises(faults.StoreFault, match=r"mlflow\.db was written by a newer MLflow than 3\."):
+        tracking.connect(sqlite_uri, "an experiment")
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+
+
+def test_a_read_only_folder_is_named(tmp_path):
+    code = f"from helpers import tracking; tracking.connect('sqlite:///{tmp_path}/mlflow.db', 'e')"
+    script = f'mount --bind -o ro {tmp_path} {tmp_path} 2>/dev/null || exit 77; exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", code]
+    child = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tracking.ROOT)
+    if child.returncode == 77 or "unshare" in child.stderr:
+        pytest.skip("this machine lets no user mount a folder read-only (unshare)")
+    last = child.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"helpers.faults.StoreFault: {tmp_path} cannot be written to (Read-only file system)"
+    )
+    assert "name another store" in last
+
+
+@pytest.mark.parametrize("tag", ["of today", "of an earlier version"])
+def test_a_living_run_goes_on_when_the_clock_is_put_forward(sqlite_uri, tmp_path, tag):
+    tracking.connect(sqlite_uri, "shared")
+    with mlflow.start_run() as run:
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+            # As if the clock had been an hour behind when the run began.
+            database.execute("UPDATE runs SET start_time = start_time - 3600000")
+            if tag != "of today":
+                database.execute(
+                    "UPDATE tags SET value = ? WHERE key = ?",
+                    (f"{faults._machine()}:{os.getpid()}", faults.OWNER),
+                )
+            database.commit()
+        pending = mlflow.initialize_logged_model("half", source_run_id=run.info.run_id)
+        half = places.local_path(pending.artifact_location)
+        half.mkdir(parents=True)
+        tracking.connect(sqlite_uri, "shared")
+        assert mlflow.get_run(run.info.run_id).info.status == "RUNNING"
+        assert half.is_dir()
+
+
+def test_a_run_whose_process_number_belongs_to_another_process_is_ended(sqlite_uri, tmp_path):
+    tracking.connect(sqlite_uri, "shared")
+    run = mlflow.MlflowClient().create_run(mlflow.get_experiment_by_name("shared").experiment_id)
+    tag = f"{faults._machine()}:{os.getpid()}:1"  # this number, but not this process's beginning
+    mlflow.MlflowClient().set_tag(run.info.run_id, faults.OWNER, tag)
+    tracking.connect(sqlite_uri, "shared")
+    assert mlflow.get_run(run.info.run_id).info.status == "KILLED"
+
+
+def test_a_process_that_has_ended_and_waits_to_be_reaped_counts_as_gone():
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    child.stdout.read()
+    while faults._start(child.pid):
+        time.sleep(0.01)
+    child.wait()
+
+
 def test_runs_of_a_process_that_was_killed_are_ended_and_those_of_living_ones_go_on(sqlite_uri, capsys):
     code = f"""
 import os, mlflow
@@ -118,7 +230,7 @@ os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     tracking.connect(sqlite_uri, "another")
-    assert capsys.readouterr().out == ""  # an experiment is mended when it is used
+    assert capsys.readouterr().out == ""  # an experiment is put right when it is used
     mlflow.set_experiment("shared")
     with mlflow.start_run(run_name="of a living process"):
         tracking.connect(sqlite_uri, "shared")

@@ -7,6 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from helpers import tracking
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements.lock"
 PORT = 8000  # MLflow's, behind the nginx that is left out here
@@ -93,6 +95,7 @@ def _generate(model_uri: str, context: Path) -> None:
 
     arguments = ["--model-uri", model_uri, "--output-directory", str(context), "--env-manager", "local"]
     try:
+        tracking.refuse_if_gone(model_uri)
         cli.commands.main(["generate-dockerfile", *arguments], standalone_mode=False)
     except (MlflowException, OSError) as error:
         raise ValueError(

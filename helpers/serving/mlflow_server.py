@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 
+from helpers import tracking
 from helpers.serving import background
 
 
@@ -21,8 +22,10 @@ def serve(
     Yields:
         The server's URL; `/invocations`, `/ping`, `/health` and `/version` are there.
     Raises:
+        faults.StoreFault: if the model's files are gone from the store.
         RuntimeError: with the last lines of the server's log, if it does not come up.
     """
+    tracking.refuse_if_gone(model_uri)
     port = port or background.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri,

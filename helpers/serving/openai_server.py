@@ -362,6 +362,7 @@ def serve(
         RuntimeError: if another program listens there, the model cannot be loaded, or its process dies.
     """
     api_key = api_key or os.environ.get(API_KEY) or None
+    store = parameters.store(tracking_uri or "", "--tracking-uri") or tracking.default_uri()
     if not 0 <= trace_sampling <= 1:
         raise ValueError(f"trace_sampling={trace_sampling} is not between 0 and 1.")
     if not api_key and not _is_loopback(host):
@@ -380,9 +381,7 @@ def serve(
     )
     listener = config.bind_socket()
     log.info("Loading %s", model_uri)
-    worker = Worker(
-        model_uri, parameters.resolved(tracking_uri or "") or tracking.default_uri(), trace_sampling
-    )
+    worker = Worker(model_uri, store, trace_sampling)
     try:
         front = Front(worker, api_key, max_queue, max_body, timeout)
         config.app = front.app()

@@ -148,11 +148,13 @@ def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: f
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri)
     try:
+        tracking.open_store(tracking_uri)
+        tracking.refuse_if_gone(model_uri)
         served, model = chat_models.load(model_uri)
         if trace_sampling:
-            _choose_experiment(tracking_uri)
+            # Beside the model, while `connect` would enter a server's workspace of that name.
+            tracking.choose_experiment(TRACES, "serve without traces (trace sampling 0).")
     except Exception as error:
         log.debug("loading failed", exc_info=True)
         pipe.send(str(error) or repr(error))
@@ -166,16 +168,6 @@ def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: f
     if trace_sampling:
         mlflow.flush_trace_async_logging()
     os._exit(0)  # at once: a decoding thread must not keep the process
-
-
-def _choose_experiment(tracking_uri: str) -> None:
-    """Where traces go: beside the model, while `connect` would enter a server's workspace of that name."""
-    import mlflow
-
-    if tracking_uri.startswith(("http:", "https:")):
-        mlflow.set_experiment(TRACES)
-    else:
-        tracking.connect(tracking_uri, TRACES)
 
 
 @dataclass

@@ -4,23 +4,24 @@ OK       it is there.
 TO DO    needed: without it the notebooks do not run here and now, also without a network. That is Python, the
          packages as locked, a kernel that starts, the model's files, disk, and a tracking store that can be
          written. One of these ends the report with exit code 1.
-NOTE     worth knowing: memory, cores, ports of `make ui`, `classroom`, `serve` and `lab`, files that are made
-         when first used, a wheelhouse that does not fit.
+NOTE     worth knowing: what the store takes, memory, cores, ports of `make ui`, `classroom`, `serve` and
+         `lab`, files that are made when first used, a wheelhouse that does not fit.
 
 Standard library only. What needs packages is asked of the environment's own Python, in child processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import uuid
@@ -29,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers import environment, parameters, tracking
+from helpers import environment, faults, parameters, places, tracking
 from helpers.models import catalog, store
 
 ROOT = environment.ROOT
@@ -38,6 +39,7 @@ Finding = tuple[str, str]  # OK, TO DO or NOTE; what is there, or what to do
 
 ENVIRONMENT_SIZE = 2_500_000_000  # bytes, measured on Linux with torch's CPU build
 MEMORY = 4_000_000_000  # bytes: 3.1 GB measured at most, one notebook at a time, and room for the system
+EXPERIMENTS = ("small-language-models", "serving")  # what the notebooks use by default
 PORTS = {
     5000: "`make ui` and `make classroom` need another (macOS keeps 5000 for AirPlay): make ui PORT=5001, "
     'make classroom PARAMS="--port 5001"',
@@ -63,7 +65,8 @@ def report(model: str = "smollm2-135m", tracking_uri: str = "") -> int:
         "kernel": lambda: _inside(environment_python, "kernel"),
         "model": lambda: _model(environment_python, model),
         "disk": lambda: _disk(chosen),
-        "tracking": lambda: _tracking(tracking_uri or tracking.default_uri()),
+        "tracking": lambda: _tracking(environment_python, tracking_uri),
+        "store": lambda: _store(tracking_uri),
         "memory": lambda: _memory(chosen),
         "cores": _cores,
         **{f"port {port}": lambda port=port: _port(port) for port in PORTS},
@@ -223,16 +226,15 @@ def _disk(chosen: catalog.Model) -> Finding:
     return OK, "; ".join(lines)
 
 
-def _tracking(uri: str) -> Finding:
+def _tracking(python: Path | None, given: str) -> Finding:
     """Try the store as far as the standard library can, without leaving anything in it."""
     try:
-        parameters.check(model="smollm2-135m", tracking_uri=uri)
+        uri = parameters.store(given, "--tracking-uri") or tracking.default_uri()
     except parameters.ParameterError as error:
         return TODO, str(error)
-    uri = parameters.resolved(uri)
     parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        return _database(Path(uri.removeprefix("sqlite:///")))
+    if file := parameters.sqlite_file(uri):
+        return _inside(python, "database", str(file)) if python else database(str(file))
     if parts.scheme in ("http", "https"):
         return _server(uri.rstrip("/"))
     place = f"{parts.scheme}://{parts.hostname or ''}"
@@ -241,21 +243,75 @@ def _tracking(uri: str) -> Finding:
     return NOTE, f"{place} is tried when a notebook connects"
 
 
-def _database(file: Path) -> Finding:
-    """Take the write lock of the database and give it back; a new one needs a folder that can be written."""
+def database(path: str) -> Finding:
+    """Ask whether a database can be written, whether it has moved, and what it names that is gone."""
+    file = Path(path)
     try:
-        if not file.exists():
-            with tempfile.TemporaryFile(dir=file.parent):
-                return OK, f"{file} will be made"
-        connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=2)
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-        finally:
-            connection.close()
-    except (OSError, sqlite3.Error) as error:
-        return TODO, f"{file} cannot be written ({error}). Name another: TRACKING_URI=sqlite:////path/my.db"
-    return OK, f"{file} can be written"
+        faults.refuse_unusable(file, patience=2)
+    except faults.StoreFault as error:
+        return TODO, str(error)
+    if not file.exists():
+        return OK, f"{file} will be made"
+    folder = places.artifacts(file.parent)
+    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        moved = places.moved(connection, folder)
+        deleted, versions = (_rows(connection, query) for query in (_DELETED, _VERSIONS))
+    found = (
+        [f"it was moved here from {moved[0].old.parent}, and is set right when next used"] if moved else []
+    )
+    now = {place.stored: place.new for place in moved}
+    where = {version: now.get(place) or places.local_path(place) for version, place in versions}
+    gone = [version for version, place in where.items() if place and not os.path.exists(place / "MLmodel")]
+    if gone:
+        more = " and others" if len(gone) > 3 else ""
+        found.append(f"the files of {', '.join(gone[:3])}{more} are gone from {folder}. {faults.START_OVER}")
+    uri = shlex.quote(parameters.sqlite_uri(file))
+    found += [_restore(name, number, uri) for number, name in deleted]
+    if any(name in EXPERIMENTS for _, name in deleted):
+        return TODO, f"{file}: {'; '.join(found)}"
+    return (NOTE, f"{file} can be written; {'; '.join(found)}") if found else (OK, f"{file} can be written")
+
+
+_DELETED = "SELECT experiment_id, name FROM experiments WHERE lifecycle_stage = 'deleted'"
+_VERSIONS = (
+    "SELECT name || '/' || version, coalesce(storage_location, source, '') FROM model_versions "
+    "WHERE current_stage <> 'Deleted_Internal'"
+)
+
+
+def _restore(name: str, number: object, uri: str) -> str:
+    command = f"{parameters.VARIABLE}={uri} mlflow experiments restore --experiment-id {number}"
+    return f"the experiment {name!r} was deleted, and its name stays taken. Restore it: {command}"
+
+
+def _rows(connection: sqlite3.Connection, query: str) -> list[tuple]:
+    """What a query finds; nothing in a database whose tables are not made yet."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        return connection.execute(query).fetchall()
+    return []
+
+
+def _store(given: str) -> Finding:
+    """Say what the artifacts beside a database take, each file counted once, and how to free it."""
+    file = parameters.sqlite_file(given or tracking.default_uri())
+    folder = places.artifacts(file.parent) if file else None
+    if folder is None or not folder.is_dir():
+        return OK, "nothing is logged on this disk yet"
+    seen: dict[tuple, int] = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            about = path.lstat()
+            key = (about.st_dev, about.st_ino, about.st_nlink, about.st_size)
+            seen[key] = seen.get(key, 0) + path.is_file()
+    own = sum(size for (*_, names, size), count in seen.items() if count == names)
+    shared = sum(size for (*_, names, size), count in seen.items() if 0 < count < names)
+    uri = shlex.quote(parameters.sqlite_uri(file))
+    return NOTE, (
+        f"{folder} takes {own / 1e6:,.0f} MB of disk, and shares {shared / 1e6:,.0f} MB with weights/. "
+        "To free some, delete runs and logged models in MLflow's pages (make ui), then: "
+        f"{parameters.VARIABLE}={uri} mlflow gc --backend-store-uri {uri} To start over with an empty store: "
+        f"rm -rf {shlex.quote(str(file))}* {shlex.quote(str(file.parent / places.FOLDER))}"
+    )
 
 
 def _server(url: str) -> Finding:
@@ -264,6 +320,11 @@ def _server(url: str) -> Finding:
     try:
         found = _request(f"{url}/api/2.0/mlflow/experiments/search", "POST", b'{"max_results": 1}')
         where = [each["artifact_location"] for each in json.loads(found).get("experiments", [])]
+        found = _request(f"{url}/api/2.0/mlflow/experiments/search", "POST", _DELETED_THERE)
+        deleted = [each for each in json.loads(found).get("experiments", []) if each["name"] in EXPERIMENTS]
+        if deleted:
+            name, number = deleted[0]["name"], deleted[0]["experiment_id"]
+            return TODO, f"{url}: {_restore(name, number, url)}"
         if where and not where[0].startswith("mlflow-artifacts:"):
             return NOTE, f"{url} answers; models do not go through it but straight to {where[0]}"
         _request(artifact, "PUT", b"doctor")
@@ -277,6 +338,9 @@ def _server(url: str) -> Finding:
         reason = getattr(error, "reason", error)
         return TODO, f"{url} does not answer as MLflow does ({reason}). Ask who runs it"
     return OK, f"{url} answers, finds experiments and takes artifacts"
+
+
+_DELETED_THERE = b'{"max_results": 1000, "view_type": "DELETED_ONLY"}'
 
 
 def _request(url: str, method: str, body: bytes | None = None) -> bytes:

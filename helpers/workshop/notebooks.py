@@ -59,7 +59,7 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
         name: parameters.convert(name, text, known[name]["inferred_type_name"])
         for name, text in given.items()
     }
-    model = parameters.check(**{"model": "smollm2-135m", **values})
+    model = parameters.check(**{"model": "smollm2-135m", "tracking_uri": "", **values})
     if isinstance(model.origin, catalog.Folder):  # the kernel starts in another folder than this process
         values["model"] = str(model.origin.path)
     return {

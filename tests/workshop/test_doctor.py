@@ -12,9 +12,10 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import mlflow
 import pytest
 
-from helpers import environment
+from helpers import environment, tracking
 from helpers.models import fetch
 from helpers.serving import background
 
@@ -279,11 +280,91 @@ def test_a_database_that_cannot_be_written_is_missing(clone, tmp_path):
         other.execute("begin exclusive")
         state, text = doctor(clone, "--tracking-uri", uri)[1]["tracking"]
     assert state == "TO DO"
-    assert text.startswith(f"{file} cannot be written (database is locked)")
+    assert text.startswith(f"{file}: The database of the MLflow store is locked")
     file.write_bytes(b"not a database, though it is long enough to be taken for one" * 20)
     assert "not a database" in doctor(clone, "--tracking-uri", uri)[1]["tracking"][1]
     nowhere = f"sqlite:///{tmp_path}/nowhere/mlflow.db"
     assert "folder that does not exist" in doctor(clone, "--tracking-uri", nowhere)[1]["tracking"][1]
+
+
+@pytest.fixture
+def store(tmp_path, log_wrapper, tiny_phi3_onnx) -> Path:
+    """The folder of a store in which a model is registered."""
+    before = mlflow.get_tracking_uri()
+    (tmp_path / "store").mkdir()
+    tracking.connect(f"sqlite:///{tmp_path}/store/mlflow.db", "small-language-models")
+    with mlflow.start_run():
+        tracking.share_files(log_wrapper(tiny_phi3_onnx).model_uri)
+    mlflow.set_tracking_uri(before)
+    return tmp_path / "store"
+
+
+def test_what_a_store_takes_what_moved_and_what_is_gone_is_told(clone, store):
+    uri = f"sqlite:///{store}/mlflow.db"
+    assert doctor(clone, "--tracking-uri", uri)[1]["tracking"] == ("OK", f"{store}/mlflow.db can be written")
+    state, text = doctor(clone, "--tracking-uri", uri)[1]["store"]
+    assert state == "NOTE"
+    assert re.match(rf"{store}/mlruns takes 0 MB of disk, and shares 1 MB with weights/\. To free some", text)
+    assert f"mlflow gc --backend-store-uri {uri}" in text
+    assert f"rm -rf {store}/mlflow.db* {store}/mlruns" in text
+
+    moved = store.rename(store.with_name("moved"))
+    before = sorted(moved.parent.rglob("*"))
+    state, text = doctor(clone, "--tracking-uri", f"sqlite:///{moved}/mlflow.db")[1]["tracking"]
+    assert state == "NOTE"
+    assert f"it was moved here from {store}, and is set right when next used" in text
+    assert sorted(moved.parent.rglob("*")) == before
+
+    shutil.rmtree(moved / "mlruns")
+    state, text = doctor(clone, "--tracking-uri", f"sqlite:///{moved}/mlflow.db")[1]["tracking"]
+    assert state == "NOTE"
+    assert f"the files of slm-onnx/1 are gone from {moved}/mlruns" in text
+    assert "rm -rf" in text
+
+
+def test_a_deleted_experiment_a_newer_mlflow_and_damage_are_noticed(clone, set_up, store):
+    file = store / "mlflow.db"
+    uri = f"sqlite:///{file}"
+
+    def change(statement: str) -> None:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute(statement)
+            database.commit()
+
+    change("UPDATE experiments SET lifecycle_stage = 'deleted' WHERE name = 'small-language-models'")
+    state, text = doctor(clone, "--tracking-uri", uri)[1]["tracking"]
+    assert state == "TO DO"
+    assert "'small-language-models' was deleted, and its name stays taken" in text
+    assert f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id 1" in text
+    change("UPDATE experiments SET name = 'a learner', lifecycle_stage = 'deleted' WHERE experiment_id = 1")
+    assert doctor(clone, "--tracking-uri", uri)[1]["tracking"][0] == "NOTE"
+    change("UPDATE alembic_version SET version_num = 'f00dfeed0001'")
+    state, text = doctor(set_up, "--tracking-uri", uri)[1]["tracking"]
+    assert state == "TO DO"
+    assert f"{file} was written by a newer MLflow than" in text
+    content = bytearray(file.read_bytes())
+    content[4096 * 3 : 4096 * 4] = b"?" * 4096
+    file.write_bytes(content)
+    state, text = doctor(clone, "--tracking-uri", uri)[1]["tracking"]
+    assert state == "TO DO"
+    assert f"{file} is damaged (" in text
+
+
+def test_the_experiments_that_the_doctor_looks_for_are_the_notebooks_own():
+    from helpers.serving import worker
+    from helpers.workshop import doctor as module
+    from helpers.workshop import notebooks
+
+    used = {
+        notebooks.declared(path)["experiment"]["default"].strip('"') for path in notebooks.NOTEBOOKS.values()
+    }
+    assert {*used, worker.TRACES} == set(module.EXPERIMENTS)
+
+
+def test_a_store_that_the_environment_names_wrongly_is_refused_in_the_variables_name(clone):
+    state, text = doctor(clone, MLFLOW_TRACKING_URI="./mlruns")[1]["tracking"]
+    assert state == "TO DO"
+    assert text.startswith("MLFLOW_TRACKING_URI='./mlruns' is not")
 
 
 def test_a_wheelhouse_for_another_python_is_a_note(clone):

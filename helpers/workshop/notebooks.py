@@ -120,7 +120,7 @@ def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: P
     files = {"input_path": str(notebook), "output_path": str(draft), "cwd": str(ROOT)}
     try:
         _fetch(notebook, values)
-        papermill.execute_notebook(**files, parameters=values, kernel_name="python3")
+        papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=_encrypted())
     except PapermillExecutionError as error:
         raise NotebookError(
             f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
@@ -190,6 +190,13 @@ def _temporary_folder(executed: Path):
         yield Path(folder)
 
 
+def _encrypted():
+    """Settings of a kernel whose messages are encrypted; without them ipykernel (7) warns in the terminal."""
+    from traitlets.config import Config
+
+    return Config(KernelManager={"transport_encryption": "auto"})
+
+
 def _html(executed: Path) -> str:
     """The notebook as one page that holds its pictures."""
     from nbconvert import HTMLExporter
@@ -236,7 +243,7 @@ def _execute_in_place(notebook: Path, environment: dict[str, str]):
     place = {"metadata": {"path": str(notebook.parent)}}
     settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
     try:
-        NotebookClient(book, **settings).execute(env=os.environ | environment)
+        NotebookClient(book, **settings, config=_encrypted()).execute(env=os.environ | environment)
     except CellExecutionError as error:
         raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
     book.metadata.language_info.pop("version", None)  # the outputs do not depend on the patch release

@@ -262,6 +262,12 @@ def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(exec
     assert "another text" in page.read_text(encoding="utf-8")
 
 
+def test_a_kernels_messages_are_encrypted_and_it_warns_of_nothing(executed, tmp_path, capfd):
+    source, _ = executed
+    notebooks.run({source: {}}, tmp_path)
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_what_a_failed_run_left_is_written_over(executed, tmp_path):
     source, _ = executed
     book = nbformat.read(source, as_version=4)

@@ -1,4 +1,4 @@
-"""The pictures that the notebooks open with are what the committed script draws, and can be read by everybody."""
+"""The pictures that open the notebooks are what the committed script draws, and everybody can read them."""
 
 import re
 import runpy

@@ -63,7 +63,7 @@ test-browser: setup ## look at JupyterLab, MLflow's pages and the site in a real
 	$(VENV)/pytest tests/e2e
 
 lab: setup ## open the notebooks in JupyterLab
-	$(VENV)/jupyter lab "$$NOTEBOOK" $$PARAMS
+	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/jupyter lab "$$NOTEBOOK" $$PARAMS
 
 ui: setup ## look at runs, models and traces in MLflow's UI
 	@uri="$${TRACKING_URI:-sqlite:///$$(printf %s "$$PWD" | sed 's/%/%25/g; s/?/%3F/g')/mlflow.db}"; \

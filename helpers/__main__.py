@@ -221,6 +221,9 @@ def _setup(options: argparse.Namespace) -> None:
 
 
 def _wheelhouse(options: argparse.Namespace) -> None:
+    from helpers.workshop import written
+
+    written.make_folder(options.output)
     wheels = environment.make_wheelhouse(options.output.resolve())
     folder = os.path.relpath(options.output)
     print(f"{folder}: {wheels} wheels. Set up from them: make run WHEELHOUSE={folder}")
@@ -266,7 +269,9 @@ def _classroom(options: argparse.Namespace) -> None:
 def _containerfile(options: argparse.Namespace) -> None:
     from helpers import parameters, tracking
     from helpers.serving import containerfile
+    from helpers.workshop import written
 
+    written.make_folder(options.output.absolute().parent)
     tracking.open_store(parameters.store(""))
     print(
         f"Build it: docker build {os.path.relpath(containerfile.write(options.model, options.output).parent)}"

@@ -7,16 +7,13 @@ an assignment and what stands in a function are the solution; names, signatures 
 from __future__ import annotations
 
 import ast
-import hashlib
-import os
 from pathlib import Path
 
 import nbformat
 from nbconvert.exporters import NotebookExporter
 from nbconvert.preprocessors import ClearOutputPreprocessor, Preprocessor
 
-from helpers import environment
-from helpers.workshop import notebooks
+from helpers.workshop import notebooks, written
 
 BLANK = "...  # your code here"
 
@@ -70,17 +67,16 @@ def write(output: Path) -> list[Path]:
     Returns:
         The files, student edition first.
     Raises:
-        ValueError: if a student notebook there has been worked in; then nothing is written.
+        ValueError: if one of the files is there and has been worked in, or `output` cannot be had; then
+            nothing is written.
     """
     books = {path.name: nbformat.read(path, as_version=4) for path in notebooks.NOTEBOOKS.values()}
     editions = {output / "student" / name: student(book) for name, book in books.items()}
     editions |= {output / "full" / name: book for name, book in books.items()}
-    for path in editions:
-        _refuse_to_overwrite_work(path)
+    written.prepare([output / "student", output / "full"], editions, "student")
     for path, book in editions.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _relink(book, path.parent)
-        book.metadata["written_as"] = _digest(book)
+        notebooks.relink(book, path.parent)
+        written.stamp(book, "student")
         nbformat.write(book, path)
     return list(editions)
 
@@ -94,26 +90,3 @@ def student(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     edition = nbformat.reads(text, as_version=4)
     edition.metadata.pop("made_from", None)  # it speaks of outputs
     return edition
-
-
-def _relink(book: nbformat.NotebookNode, folder: Path) -> None:
-    """Let links to the project's files lead there from another folder than `notebooks/`."""
-    root = Path(os.path.relpath(environment.ROOT, folder)).as_posix()
-    for cell in book.cells:
-        if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](../", f"]({root}/")
-
-
-def _refuse_to_overwrite_work(path: Path) -> None:
-    """Somebody's answers are not to be lost to a second `make student`."""
-    if not path.exists():
-        return
-    book = nbformat.read(path, as_version=4)
-    if book.metadata.get("written_as") != _digest(book):
-        raise ValueError(
-            f"{os.path.relpath(path)} has been worked in. Move it away, or name another folder with --output."
-        )
-
-
-def _digest(book: nbformat.NotebookNode) -> str:
-    return hashlib.sha256("\0".join(cell.source for cell in book.cells).encode()).hexdigest()

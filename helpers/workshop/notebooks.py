@@ -15,13 +15,13 @@ from pathlib import Path
 
 from helpers import environment, parameters
 from helpers.models import catalog, export, fetch
+from helpers.workshop import written
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {
     "01": ROOT / "notebooks" / "01_TransformerPipeline.ipynb",
     "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
 }
-SOCKETS = "slm-kernel-"  # begins the name of a folder of a kernel's sockets; the process that made it follows
 
 
 class NotebookError(RuntimeError):
@@ -49,7 +49,9 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
             raise parameters.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
     chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
     known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
-    for name in given:
+    for name, text in given.items():
+        if text != text.encode(errors="replace").decode():
+            raise parameters.ParameterError(f"{name}={text!r} is not UTF-8 text. Set it in a UTF-8 terminal.")
         if name not in known:
             raise parameters.ParameterError(
                 f"{name!r} is not a parameter of {' or '.join(path.name for path in chosen)}. "
@@ -73,10 +75,12 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
     Returns:
         The HTML pages, in order.
     Raises:
+        ValueError: if `output` holds another file by the name of one of them; nothing has been touched then.
         NotebookError: when the model's files cannot be had; when a cell fails, the executed copy up to that
             cell is kept for reading.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"{path.stem}{suffix}" for path in chosen for suffix in (".ipynb", ".html")]
+    written.prepare([output], files, "run")
     return [_produce(path, values, output) for path, values in chosen.items()]
 
 
@@ -84,31 +88,39 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     """Execute and render; a second run into the same folder waits, or the two would write over each other."""
     from filelock import FileLock, Timeout
 
+    executed = output / notebook.name
+    page = executed.with_suffix(".html")
     lock = FileLock(output / f".{notebook.stem}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting: another run writes {os.path.relpath(output / notebook.name)}.", flush=True)
+        print(f"Waiting: another run writes {os.path.relpath(executed)}.", flush=True)
         lock.acquire()
     try:
-        return _to_html(_execute(notebook, values, output))
+        # Minutes may have passed since the first look.
+        written.prepare([output], [executed, page], "run")
+        for earlier in (executed, page):  # must not pass for this run's
+            earlier.unlink(missing_ok=True)
+        with _temporary_folder(executed) as folder:
+            _execute(notebook, values, executed, folder / notebook.name)
+            draft = folder / page.name
+            draft.write_text(written.stamped(_html(executed), "run"), encoding="utf-8")
+            draft.replace(page)
+        return page
     finally:
         lock.release()
 
 
-def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
+def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: Path) -> None:
+    """Execute a notebook as `draft`, which then becomes `executed`, also when a cell failed."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    executed = output / notebook.name
-    for earlier in (executed, executed.with_suffix(".html")):  # must not pass for this run's
-        earlier.unlink(missing_ok=True)
-    files = {"input_path": str(notebook), "output_path": str(executed), "cwd": str(ROOT)}
+    files = {"input_path": str(notebook), "output_path": str(draft), "cwd": str(ROOT)}
     try:
-        with _private_kernel() as config, _temporary_folder(executed):
-            _fetch(notebook, values)
-            papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=config)
+        _fetch(notebook, values)
+        papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=_encrypted())
     except PapermillExecutionError as error:
         raise NotebookError(
             f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
@@ -119,7 +131,27 @@ def _execute(notebook: Path, values: dict[str, object], output: Path) -> Path:
             f"{notebook.name} stopped: its kernel was killed, as the system does when memory runs out. "
             f"What it did until then: {os.path.relpath(executed)} Run it again: nothing has to be cleaned up."
         ) from None
-    return executed
+    except KeyboardInterrupt:
+        # nbclient (0.11) no longer awaits its task then, and asyncio would report at length that it failed.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    finally:
+        _keep(draft, executed)
+
+
+def _keep(draft: Path, executed: Path) -> None:
+    """Put what was executed in its place; a draft that is not there or was cut off is left out."""
+    import nbformat
+
+    try:
+        book = nbformat.read(draft, as_version=4)
+    except (FileNotFoundError, ValueError):
+        return
+    book.metadata.papermill.output_path = str(executed)
+    relink(book, executed.parent)
+    written.stamp(book, "run")
+    nbformat.write(book, draft)
+    draft.replace(executed)
 
 
 def _fetch(notebook: Path, values: dict[str, object]) -> None:
@@ -156,41 +188,30 @@ def _temporary_folder(executed: Path):
     options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
     # Python looks at TMPDIR first, on every system.
     with tempfile.TemporaryDirectory(**options) as folder, environment.variables(TMPDIR=folder):
-        yield
+        yield Path(folder)
 
 
-@contextlib.contextmanager
-def _private_kernel():
-    """Settings for a kernel that talks through sockets of this user, not over TCP (except on Windows).
-
-    jupyter_client 8 would name the sockets relative to the working directory, and kernel and client differ
-    in theirs. Their paths must be short, so they lie in the system's folder for temporary files.
-    """
-    import psutil
+def _encrypted():
+    """Settings of a kernel whose messages are encrypted; without them ipykernel (7) warns in the terminal."""
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory(prefix=f"{SOCKETS}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
-        user = os.stat(folder).st_uid
-        for left in Path(folder).parent.glob(f"{SOCKETS}*"):  # by a run that was killed
-            owner = left.name.removeprefix(SOCKETS).partition("-")[0]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)) and left.lstat().st_uid == user:
-                shutil.rmtree(left, ignore_errors=True)
-        sockets = {"transport": "ipc", "ip": f"{folder}/socket", "connection_file": f"{folder}/kernel.json"}
-        try:
-            yield Config(KernelManager={} if os.name == "nt" else sockets)
-        except KeyboardInterrupt:
-            # nbclient (0.11) no longer awaits its task then, and asyncio would tell at length that it failed.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            raise
+    return Config(KernelManager={"transport_encryption": "auto"})
 
 
-def _to_html(executed: Path) -> Path:
+def _html(executed: Path) -> str:
+    """The notebook as one page that holds its pictures."""
     from nbconvert import HTMLExporter
 
-    page = executed.with_suffix(".html")
-    body, _ = HTMLExporter().from_filename(str(executed))
-    page.write_text(body, encoding="utf-8")
+    page, _ = HTMLExporter(embed_images=True).from_filename(str(executed))
     return page
+
+
+def relink(book, folder: Path) -> None:
+    """Let links and pictures in a notebook lead to the project's files from another folder than its own."""
+    root = Path(os.path.relpath(ROOT, folder)).as_posix()
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", f"]({root}/")
 
 
 def save() -> None:
@@ -223,8 +244,7 @@ def _execute_in_place(notebook: Path, environment: dict[str, str]):
     place = {"metadata": {"path": str(notebook.parent)}}
     settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
     try:
-        with _private_kernel() as config:
-            NotebookClient(book, **settings, config=config).execute(env=os.environ | environment)
+        NotebookClient(book, **settings, config=_encrypted()).execute(env=os.environ | environment)
     except CellExecutionError as error:
         raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
     book.metadata.language_info.pop("version", None)  # the outputs do not depend on the patch release

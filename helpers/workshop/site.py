@@ -59,8 +59,11 @@ def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -
     Returns:
         Its first page.
     Raises:
-        ValueError: for a link or picture that leads nowhere; it names the file that has it.
+        ValueError: for a link or picture that leads nowhere; it names the file that has it. Also if `output`
+            is something else than an older site.
     """
+    if os.path.lexists(output) and not _is_site(output):
+        raise ValueError(f"{os.path.relpath(output)} is not a site that was written here. Move it away.")
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -73,6 +76,14 @@ def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output / "index.html"
+
+
+def _is_site(folder: Path) -> bool:
+    """Whether it is an empty folder, or holds nothing but what `build` writes."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    ours = {"files", "style.css", *(page.name for page in pages())}
+    return {path.name for path in folder.iterdir()} <= ours
 
 
 def _write(page: Page, executed: Path, output: Path) -> None:
@@ -126,7 +137,7 @@ def _redirect(link, page: Page, output: Path) -> None:
     address = urlsplit(link["href"])
     if address.scheme or address.netloc:
         return
-    anchor = f"#{unquote(address.fragment).lower()}" if address.fragment else ""  # Jupyter keeps capitals
+    anchor = f"#{_anchor(unquote(address.fragment))}" if address.fragment else ""
     if not address.path:
         link["href"] = anchor
         return
@@ -164,9 +175,14 @@ def _name_headings(soup: BeautifulSoup) -> None:
     """Give every heading the anchor that GitHub gives it."""
     seen: Counter[str] = Counter()
     for heading in soup.select("h1, h2, h3, h4, h5, h6"):
-        name = re.sub(r"[^\w\- ]", "", heading.get_text().strip().lower()).replace(" ", "-")
+        name = _anchor(heading.get_text().strip())
         heading["id"] = f"{name}-{seen[name]}" if seen[name] else name
         seen[name] += 1
+
+
+def _anchor(text: str) -> str:
+    """A heading's anchor as GitHub writes it; Jupyter keeps capitals and punctuation."""
+    return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
 
 
 def _make_accessible(soup: BeautifulSoup) -> None:

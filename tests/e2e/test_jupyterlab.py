@@ -1,15 +1,18 @@
 """Both notebooks in JupyterLab, as a person would: `make lab`, open, Run All Cells, look, save."""
 
+import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nbformat
 import psutil
@@ -20,7 +23,7 @@ from playwright.sync_api import Page, expect
 
 from helpers.environment import ROOT
 from helpers.serving import background
-from helpers.workshop import notebooks
+from helpers.workshop import editions, notebooks
 
 MINUTE = 60_000  # ms
 # Bars that are counted, and a stage of `store.Progress` that is not.
@@ -31,22 +34,22 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def folder(pictures, tmp_path_factory) -> Path:
-    """The notebooks without outputs; for the toy model unless pictures are to be taken."""
-    folder = tmp_path_factory.mktemp("lab")
-    for path in notebooks.NOTEBOOKS.values():
-        book = nbformat.read(path, as_version=4)
-        for cell in book.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        nbformat.write(book, folder / path.name)
-        if not pictures:
-            _set_parameters(folder / path.name, [('model: str = "smollm2-135m"', 'model: str = "tiny-phi3"')])
-    return folder
+def folder(pictures) -> Iterator[Path]:
+    """The full edition without outputs, in out/; for the toy model unless pictures are to be taken."""
+    (ROOT / "out").mkdir(exist_ok=True)
+    replaced = [] if pictures else [('model: str = "smollm2-135m"', 'model: str = "tiny-phi3"')]
+    with tempfile.TemporaryDirectory(prefix="jupyterlab-", dir=ROOT / "out") as name:
+        editions.write(Path(name))
+        for path in notebooks.NOTEBOOKS.values():
+            _set_parameters(Path(name, "full", path.name), replaced)
+        yield Path(name, "full")
 
 
 def _set_parameters(path: Path, replaced: list[tuple[str, str]]) -> None:
     book = nbformat.read(path, as_version=4)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     (cell,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
     for old, new in replaced:
         assert old in cell.source
@@ -61,15 +64,9 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     The toy model is made in the notebooks: from a model that is there, no progress could leave debris.
     """
     home, port, token = tmp_path_factory.mktemp("home"), background.free_port(), secrets.token_hex(16)
-    settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(
-        '{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8"
-    )  # no question on the first visit
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     own |= {
         "HOME": str(home),
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTER_TOKEN": token,
         "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
     }
@@ -79,7 +76,7 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     if os.geteuid() == 0:
         flags += " --allow-root"
     # `-o setup`: the environment that runs this test is not to be made anew by it
-    command = ["make", "-o", "setup", "lab", f"NOTEBOOK={folder / notebooks.NOTEBOOKS['01'].name}"]
+    command = ["make", "-o", "setup", "lab", f"NOTEBOOK={_within(folder, '01')}"]
     with (
         (home / "lab.log").open("w", encoding="utf-8") as log,
         subprocess.Popen(
@@ -97,6 +94,11 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
                 process.kill()
 
 
+def _within(folder: Path, name: str) -> str:
+    """A notebook's path in the project, as it is given to `make lab` and as JupyterLab shows it."""
+    return (folder / notebooks.NOTEBOOKS[name].name).relative_to(ROOT).as_posix()
+
+
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 600
     while True:
@@ -109,8 +111,48 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
             time.sleep(0.2)
 
 
-def test_make_lab_opens_in_the_notebooks_folder_with_this_environment_s_kernel(lab, page, picture):
-    page.goto(lab.format(notebooks.NOTEBOOKS["01"].name))
+@pytest.fixture(scope="module")
+def requests(page) -> list[str]:
+    """All addresses that the page asks for, in every test of this file."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda socket: asked.append(socket.url))
+    return asked
+
+
+def test_the_first_visit_asks_neither_the_reader_nor_another_machine(lab, folder, requests, page):
+    page.goto(lab.format(_within(folder, "01")))
+    _wait_until_idle(page)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(2000)  # the question came when all else was there
+    expect(page.locator(".Toastify__toast, .jp-Dialog")).to_have_count(0)
+    addresses = [urlsplit(url) for url in requests]
+    assert any(address.path.startswith("/api/kernels") for address in addresses)
+    asked_of = {address.hostname for address in addresses if address.scheme not in ("data", "blob")}
+    assert asked_of == {"127.0.0.1"}
+    assert not [a.path for a in addresses if a.path in ("/lab/api/news", "/lab/api/update")]
+    for endpoint in ("news", "update"):  # the server would have asked when it is asked
+        answer = page.request.get(f"{lab.partition('/lab/')[0]}/lab/api/{endpoint}")
+        assert answer.ok
+        assert not any(answer.json().values())
+
+
+@pytest.mark.parametrize("theme", ["Dark", "Light"])
+def test_a_notebook_opens_with_its_picture(theme, lab, folder, page, picture):
+    server, _, query = lab.partition("/lab/tree/{}?reset&")
+    settings = f"{server}/lab/api/settings/@jupyterlab/apputils-extension:themes?{query}"
+    assert page.request.put(settings, data={"raw": json.dumps({"theme": f"JupyterLab {theme}"})}).ok
+    for name in notebooks.NOTEBOOKS:
+        page.goto(lab.format(_within(folder, name)))
+        page.locator(f"body[data-jp-theme-light='{str(theme == 'Light').lower()}']").wait_for()
+        shown = page.locator(".jp-MarkdownOutput img").first
+        shown.scroll_into_view_if_needed()
+        assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") == 960
+        picture(f"jupyterlab-{name}-opening-{theme.lower()}")
+
+
+def test_make_lab_opens_in_the_notebooks_folder_with_this_environment_s_kernel(lab, folder, page, picture):
+    page.goto(lab.format(_within(folder, "01")))
     _wait_until_idle(page)
     listed = page.locator(".jp-DirListing-itemText")
     for path in notebooks.NOTEBOOKS.values():
@@ -123,8 +165,7 @@ def test_make_lab_opens_in_the_notebooks_folder_with_this_environment_s_kernel(l
 
 @pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
 def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, page, pictures, picture):
-    path = folder / notebooks.NOTEBOOKS[name].name
-    cells = _run_all(page, lab, path, path.name, picture)
+    cells = _run_all(page, lab, _within(folder, name), picture)
     making = [cell for cell in cells if re.search(r"fetch\.checkpoint\(|export\.onnx_folder\(", cell.source)]
     assert making
     if not pictures:
@@ -142,8 +183,9 @@ def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, p
     picture(f"jupyterlab-{name}", readme=name == "01")
 
 
-def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbformat.NotebookNode]:
+def _run_all(page: Page, lab: str, file: str, picture) -> list[nbformat.NotebookNode]:
     """Open, Run All Cells, wait for the end, save; the code cells as saved, with neither error nor debris."""
+    path = ROOT / file
     page.goto(lab.format(file))
     _wait_until_idle(page)
     _choose(page, "Run", "Run All Cells")
@@ -151,7 +193,7 @@ def _run_all(page: Page, lab: str, path: Path, file: str, picture) -> list[nbfor
     noise = page.locator("[data-mime-type='application/vnd.jupyter.stderr']")  # errors have this type, too
     end = last.filter(has_text=f"[{len(_code(path))}]:").or_(noise)
     expect(end.first).to_be_visible(timeout=30 * MINUTE)
-    picture(f"jupyterlab-{file.partition('_')[0]}-end")
+    picture(f"jupyterlab-{path.name[:2]}-end")
     assert noise.all_inner_texts() == []
     _wait_until_idle(page)
 

@@ -73,7 +73,7 @@ class HeadlessRun:
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.output = output or folder / "out"
-        self.temporary = temporary or Path(tempfile.mkdtemp(prefix="f-"))  # short: sockets lie in it
+        self.temporary = temporary or Path(tempfile.mkdtemp(prefix="f-"))
         self.note = folder / "struck.json"
         self.mark = f"fault-{folder}"
         environment = os.environ | {"TMPDIR": str(self.temporary), "FAULT_MARK": self.mark} | variables

@@ -4,9 +4,11 @@ import ast
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from papermill.translators import PythonTranslator
 
 from helpers import tracking
-from helpers.workshop import notebooks
+from helpers.workshop import notebooks, written
 
 pytestmark = pytest.mark.command
 
@@ -36,7 +38,8 @@ TINY = {"model": "tiny-phi3", "max_new_tokens": 9, "experiment": "a headless run
 
 
 def helpers(*arguments, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "helpers", *map(str, arguments)]
+    arguments = [part if isinstance(part, bytes) else str(part) for part in arguments]
+    command = [sys.executable, "-m", "helpers", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -125,6 +128,10 @@ def test_the_command_line_runs_both_and_leaves_notebooks_pages_and_candidates(fi
         (["-p", "precision", "int5"], "precision='int5' is not one of fp32, int8, int4"),
         (["-p", "model", "phi-33"], "model='phi-33' is not one of smollm2-135m, phi-3-mini"),
         (["01", "-p", "precision", "int4"], "'precision' is not a parameter of 01_TransformerPipeline.ipynb"),
+        (["03"], "There is no notebook '03'. Run 01 or 02."),
+        (["-p", "max_new_tokens", "9" * 5000], "is not a whole number"),
+        (["-p", "seed", "nan"], "seed='nan' is not a whole number"),
+        (["-p", "question", b"caf\xe9"], "question='caf\\udce9' is not UTF-8 text"),
         (["-p", "tracking_uri", "http://127.0.0.1:9"], "does not answer"),
         (["-p", "tracking_uri", "postgresql://me@127.0.0.1:9/mlflow"], "cannot be opened (connection to"),
         (["-p", "tracking_uri", "postgresql://me:hunter2@db/mlflow"], "Set the environment variable"),
@@ -161,8 +168,6 @@ def test_fetching_shows_a_bar_in_the_terminal_and_an_interrupt_ends_it(tmp_path)
 def test_files_that_cannot_be_had_stop_it_before_the_notebook_with_the_reason(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "01_TransformerPipeline.ipynb").write_text("of an earlier run", encoding="utf-8")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     given = ("-p", "model", "./mine", "-p", "tracking_uri", store, "--output", "out")
     result = helpers("run", "01", *given, cwd=tmp_path)
@@ -193,6 +198,160 @@ def test_papermill_itself_shows_the_same_sentence(tmp_path):
             parameters={"offline": "false"},
             progress_bar=False,
         )
+
+
+def a_folder_by_its_name(path):
+    path.unlink()
+    path.mkdir()
+
+
+def a_link_by_its_name(path):
+    path.rename(path.with_suffix(".kept"))
+    path.symlink_to(path.with_suffix(".kept"))
+
+
+def an_added_cell(path):
+    book = nbformat.read(path, as_version=4)
+    book.cells.append(nbformat.v4.new_markdown_cell("What I learned"))
+    nbformat.write(book, path)
+
+
+def another_output(path):
+    book = nbformat.read(path, as_version=4)
+    book.cells[-1].outputs[0].text = "what my own run printed"
+    nbformat.write(book, path)
+
+
+def papermill_by_hand(path):
+    papermill.execute_notebook(path, path, progress_bar=False)
+
+
+def the_students_edition(path):
+    book = nbformat.read(path, as_version=4)
+    written.stamp(book, "student")
+    nbformat.write(book, path)
+
+
+def a_saved_page(path):
+    path.write_text(path.read_text(encoding="utf-8").replace("a run", "my run"), encoding="utf-8")
+
+
+def a_text(path):
+    path.write_bytes("Käse".encode("latin-1"))
+
+
+def no_notebook(path):
+    path.write_text("[]")
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> tuple[Path, Path]:
+    """A small notebook, and the folder of a run of it."""
+    folder = tmp_path_factory.mktemp("small")
+    cells = [
+        nbformat.v4.new_code_cell("word: str = 'run'  # what is printed", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print('a', word)"),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(book, folder / "page.ipynb")
+    notebooks.run({folder / "page.ipynb": {}}, folder / "out")
+    return folder / "page.ipynb", folder / "out"
+
+
+def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(executed, tmp_path):
+    source, out = executed
+    shutil.copytree(out, tmp_path / "moved")
+    book = nbformat.read(source, as_version=4)
+    book.cells[-1].source = "print('another', word)"
+    nbformat.write(book, tmp_path / source.name)
+    (page,) = notebooks.run({tmp_path / source.name: {"word": "text"}}, tmp_path / "moved")
+    assert printed(page.with_suffix(".ipynb")) == "another text\n"
+    assert "another text" in page.read_text(encoding="utf-8")
+
+
+def test_a_kernels_messages_are_encrypted_and_it_warns_of_nothing(executed, tmp_path, capfd):
+    source, _ = executed
+    notebooks.run({source: {}}, tmp_path)
+    assert "WARNING" not in capfd.readouterr().err
+
+
+def test_what_a_failed_run_left_is_written_over(executed, tmp_path):
+    source, _ = executed
+    book = nbformat.read(source, as_version=4)
+    book.cells[-1].source = "1 / 0"
+    nbformat.write(book, tmp_path / source.name)
+    with pytest.raises(notebooks.NotebookError, match="ZeroDivisionError"):
+        notebooks.run({tmp_path / source.name: {}}, tmp_path / "out")
+    assert "1 / 0" in (tmp_path / "out" / source.name).read_text(encoding="utf-8")
+    notebooks.run({source: {}}, tmp_path / "out")
+    assert printed(tmp_path / "out" / source.name) == "a run\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        *((a_folder_by_its_name, name) for name in ("page.ipynb", "page.html")),
+        *((a_link_by_its_name, name) for name in ("page.ipynb", "page.html")),
+        *((a_text, name) for name in ("page.ipynb", "page.html")),
+        (a_saved_page, "page.html"),
+        (an_added_cell, "page.ipynb"),
+        (another_output, "page.ipynb"),
+        (papermill_by_hand, "page.ipynb"),
+        (the_students_edition, "page.ipynb"),
+        (no_notebook, "page.ipynb"),
+    ],
+)
+def test_nothing_but_an_earlier_runs_own_file_is_written_over(change, name, executed, tmp_path):
+    source, out = executed
+    shutil.copytree(out, tmp_path / "out")
+    change(tmp_path / "out" / name)
+    before = everything_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} has been worked in, or was not written by `run`"):
+        notebooks.run({source: {}}, tmp_path / "out")
+    assert everything_in(tmp_path) == before
+
+
+def everything_in(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("spelling", ["notebooks", "./notebooks/../notebooks/", "a link", "notebooks/01.txt"])
+def test_the_notebooks_themselves_are_never_written_over(spelling, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    for path in notebooks.NOTEBOOKS.values():
+        shutil.copy(path, tmp_path / "notebooks")
+    (tmp_path / "notebooks" / "01.txt").write_text("a file where a folder should be")
+    (tmp_path / "a link").symlink_to("notebooks")
+    before = everything_in(tmp_path)
+    result = helpers("run", "02", "--output", spelling, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "--output" in result.stderr
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "student", "wheelhouse"])
+@pytest.mark.parametrize("output", ["a file", "a file/below", "long" * 100])
+def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, output, tmp_path):
+    (tmp_path / "a file").write_text("mine")
+    result = helpers(command, "--output", output, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert output in result.stderr
+    assert "cannot be used as a folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+def test_a_long_folder_for_temporary_files_is_no_obstacle(executed, tmp_path, monkeypatch):
+    long = tmp_path / ("a job of the scheduler, " * 5).strip()
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    source, _ = executed
+    notebooks.run({source: {}}, long / "out")
+    assert printed(long / "out" / source.name) == "a run\n"
 
 
 @pytest.mark.parametrize("name", notebooks.NOTEBOOKS)

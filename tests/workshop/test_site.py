@@ -156,6 +156,30 @@ def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def a_file(place):
+    place.write_text("mine")
+
+
+def a_folder_of_mine(place):
+    place.mkdir()
+    (place / "index.html").write_text("an older site")
+    (place / "notes.txt").write_text("mine")
+
+
+def a_link_to_a_site(place):
+    place.with_name("elsewhere").mkdir()
+    place.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("make", [a_file, a_folder_of_mine, a_link_to_a_site])
+def test_only_an_older_site_is_replaced(make, tmp_path):
+    make(tmp_path / "site")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="site is not a site that was written here"):
+        site.build(executed=tmp_path, output=tmp_path / "site")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_command_says_where_to_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(site.build, "__defaults__", (tmp_path, tmp_path / "site"))
     assert main(["site"]) == 0

@@ -31,6 +31,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+def compared(model: Model) -> tuple[str, ...]:
+    """What a study compares: what the model is offered in and, where it is converted here, int4-default."""
+    return (*model.precisions, "int4-default") if "fp32" in model.precisions else model.precisions
+
+
 def onnx_folder(model: Model, precision: str, offline: bool = False) -> Path:
     """The ONNX folder of `model` (genai_config.json, model, tokenizer) in fp32, int8, int4 or int4-default.
 

@@ -236,7 +236,7 @@ def _fetch(options: argparse.Namespace) -> None:
     folders = [fetch.checkpoint(model, offline=options.offline)]
     folders += [
         export.onnx_folder(model, precision, offline=options.offline)
-        for precision in options.precision or model.precisions
+        for precision in options.precision or export.compared(model)
     ]
     for folder in folders:
         if folder.is_relative_to(fetch.weights_dir()):

@@ -79,67 +79,70 @@ def _fate(row: pd.Series) -> str:
     return "winner" if row["winner"] else "passes" if row["passes"] else "fails the gate"
 
 
-def precision_plot(gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP) -> Figure:
-    """Quality against speed, size on disk as area, with the gate's line.
+def precision_plot(
+    gated: pd.DataFrame, max_drop: float = evaluation.MAX_DROP, max_kl: float = evaluation.MAX_KL
+) -> Figure:
+    """A row a candidate: accuracy with its interval, KL divergence where it was measured, and speed.
 
-    What passes is a filled circle, what fails a hollow one; the winner's name is bold.
+    What passes is a filled circle, what fails a hollow one, and the winner's name is bold; dashed lines are
+    the gate.
 
     Args:
-        gated: what `evaluation.gate` returned: `accuracy` (0 to 1), `tokens_per_second`, `size_mb`, `passes`
-            and `winner`, indexed by candidate.
+        gated: what `evaluation.gate` returned: the measured columns, `passes` and `winner`, by candidate.
         max_drop: the gate's, as share of accuracy.
+        max_kl: the gate's, in nats.
     """
-    figure = _figure(7, 4.4)
-    axes = figure.axes[0]
-    speed, accuracy = gated["tokens_per_second"], gated["accuracy"] * 100
     reference = evaluation.reference_among(gated.index)
     line = (gated.loc[reference, "accuracy"] - max_drop) * 100
-    axes.axhline(line, color="black", linewidth=1, linestyle="--", zorder=0.9)  # above the grid
-    areas = _areas(gated["size_mb"])
-    axes.scatter(
-        speed,
-        accuracy,
-        s=areas,
-        facecolor=[_BLUE if passes else "white" for passes in gated["passes"]],
-        edgecolor=[_BLUE if passes else _ORANGE for passes in gated["passes"]],
-        linewidth=2,
-    )
-    for place, name in enumerate(speed.sort_values().index):
-        row, side = gated.loc[name], -1 if place % 2 else 1  # neighbours' labels on different sides
-        axes.annotate(
-            f"{name}\n{row['size_mb']:.0f} MB, {_fate(row)}",
-            (speed[name], accuracy[name]),
-            xytext=(0, side * (areas[name] ** 0.5 / 2 + 5)),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if side > 0 else "top",
-            fontweight="bold" if row["winner"] else "normal",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # no line runs through a label
-        )
-    low, high = min(accuracy.min(), line), max(accuracy.max(), line)
-    room = 0.5 * max(high - low, 5)
-    axes.set(xlim=(0, speed.max() * 1.25), ylim=(low - room, high + room))
-    axes.annotate(
-        f"gate: {max_drop * 100:g} points below {reference}",
-        (1, line),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize="small",
-    )
-    axes.set(
-        xlabel="speed of one request (tokens/s)",
-        ylabel="accuracy (% of the questions)",
-        title="Quality against speed; area is size on disk",
-    )
+    has_kl = gated["kl_divergence"].notna().any()
+    figure = _figure(12 if has_kl else 8, 1.2 + 0.55 * len(gated), panels=3 if has_kl else 2)
+    quality, *distance, speed = figure.axes
+    _rows(quality, gated, "accuracy", scale=100)
+    _gate(quality, line, f"gate: {max_drop * 100:g} points below {reference}")
+    quality.set_xlabel("accuracy (% of the questions, 95 % interval)")
+    for axes in distance:
+        axes.set_xscale("symlog", linthresh=1e-3)  # a logarithmic axis that has a zero
+        _rows(axes, gated, "kl_divergence")
+        _gate(axes, max_kl, f"gate: {max_kl:g} nats")
+        axes.set_xlabel(f"KL divergence from {reference} (nats)")
+    _rows(speed, gated, "tokens_per_second")
+    speed.set(xlim=(0, None), xlabel="speed of one request (tokens/s)")
+    for axes in figure.axes[1:]:
+        axes.tick_params(labelleft=False)
+    return _described(figure, _in_words(gated, line, max_kl))
+
+
+def _rows(axes, gated: pd.DataFrame, column: str, scale: float = 1) -> None:
+    """A circle for each candidate in a row of its own, and a bar for its interval if it has one."""
+    values, places = gated[column] * scale, range(len(gated))
+    if f"{column}_low" in gated:
+        low, high = gated[f"{column}_low"] * scale, gated[f"{column}_high"] * scale
+        axes.errorbar(values, places, xerr=[values - low, high - values], fmt="none", ecolor="0.4", zorder=1)
+    colors = [_BLUE if passes else _ORANGE for passes in gated["passes"]]
+    faces = [_BLUE if passes else "white" for passes in gated["passes"]]
+    axes.scatter(values, places, s=110, facecolor=faces, edgecolor=colors, linewidth=2, zorder=2)
+    names = [f"{name}\n{row['size_mb']:.0f} MB, {_fate(row)}" for name, row in gated.iterrows()]
+    axes.set_yticks(places, names)
+    for name, wins in zip(axes.get_yticklabels(), gated["winner"], strict=True):
+        name.set_fontweight("bold" if wins else "normal")
+    axes.set_ylim(len(gated) - 0.5, -0.5)  # the first candidate on top
     _tidy(axes)
+
+
+def _gate(axes, place: float, text: str) -> None:
+    axes.axvline(place, color="black", linewidth=1, linestyle="--", zorder=0.9)  # above the grid
+    axes.set_title(text, fontsize="small")
+
+
+def _in_words(gated: pd.DataFrame, line: float, max_kl: float) -> str:
     told = [
-        f"{name}: {row['accuracy']:.0%} right, {row['tokens_per_second']:.0f} tokens/s, "
+        f"{name}: {row['accuracy']:.0%} right ({row['accuracy_low']:.0%} to {row['accuracy_high']:.0%}), "
+        f"KL {row['kl_divergence']:.2g} nats, {row['tokens_per_second']:.0f} tokens/s, "
         f"{row['size_mb']:.0f} MB, {_fate(row)}"
         for name, row in gated.iterrows()
     ]
-    return _described(figure, f"Accuracy against speed, with a gate at {line:.0f}%. {'; '.join(told)}.")
+    gate = f"The gate is at {line:.0f}% and {max_kl:g} nats."
+    return f"Accuracy, KL divergence and speed of each candidate. {gate} {'; '.join(told)}."
 
 
 def _described(figure: Figure, text: str) -> Figure:
@@ -165,11 +168,6 @@ def _figure(width: float, height: float, panels: int = 1) -> Figure:
     figure, _ = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
     plt.close(figure)
     return figure
-
-
-def _areas(sizes: pd.Series) -> pd.Series:
-    """Marker areas in points², proportional to size; the largest has a diameter of some 40 points."""
-    return 1600 * sizes / sizes.max()
 
 
 def _tidy(axes) -> None:

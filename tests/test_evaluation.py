@@ -2,14 +2,14 @@ import json
 import math
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow.genai import datasets
 
-from helpers import evaluation, tracking
-from helpers.models import catalog, onnx_chat_model
+from helpers import candidates, evaluation, tracking
+from helpers.models import catalog, export, onnx_chat_model
 
 # --- the questions and how an answer is judged
 
@@ -50,10 +50,10 @@ def test_an_accepted_answer_counts_wherever_it_stands(before, after):
     assert evaluation.is_correct(f"{before} Madrid, {after}", ["Madrid"])
 
 
-def test_there_are_forty_different_questions_spread_evenly_over_five_subjects():
+def test_there_are_a_hundred_different_questions_spread_evenly_over_five_subjects():
     questions = evaluation.questions()
     assert questions["question"].is_unique
-    assert questions["subject"].value_counts().tolist() == [8] * 5
+    assert questions["subject"].value_counts().tolist() == [20] * 5
 
 
 def test_every_accepted_answer_has_a_word_in_it():
@@ -73,13 +73,43 @@ def test_the_question_set_says_its_licence_and_how_it_was_chosen():
     assert "before any model was asked" in content["chosen"]
 
 
+# --- the measures
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+)
+def test_an_interval_is_that_of_wilson(right, asked, low, high):
+    # The first is Newcombe's example (Statistics in Medicine 17, 1998, page 861), without continuity.
+    assert evaluation.interval(right / asked, asked) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_kl_divergence_and_the_likeliest_token_are_right_in_a_case_done_by_hand():
+    reference = np.log([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]) + 7  # a constant changes no probability
+    other = np.log([[0.25, 0.5, 0.25], [0.9, 0.05, 0.05]])
+    kl, same = candidates.divergence(reference, other).T
+    # 0.5 log(0.5 / 0.25) + 0.25 log(0.25 / 0.5) + 0 = 0.25 log 2
+    assert kl == pytest.approx([0.25 * math.log(2), 0], abs=1e-12)
+    assert same.tolist() == [0, 1]
+
+
+def test_a_token_that_cannot_come_costs_nothing_where_the_reference_never_takes_it():
+    reference, other = np.array([[0.0, -np.inf]]), np.array([[0.0, 0.0]])
+    assert candidates.divergence(reference, other)[0].tolist() == pytest.approx([math.log(2), 1])
+
+
 # --- the gate
 
 
-def _table(**accuracies):
+def _table(kl=None, **accuracies):
     speeds = {"fp32": 48.0, "int8": 137.0, "int4": 157.0, "transformers": 17.0}
     rows = {
-        name: {"accuracy": accuracy, "tokens_per_second": speeds[name]}
+        name: {
+            "accuracy": accuracy,
+            "kl_divergence": (kl or {}).get(name, 0.0),
+            "tokens_per_second": speeds[name],
+        }
         for name, accuracy in accuracies.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -98,31 +128,46 @@ def test_exactly_the_allowed_drop_passes_and_more_does_not(accuracy, passes):
     assert evaluation.gate(_table(fp32=0.675, int4=accuracy)).loc["int4", "passes"] == passes
 
 
-def test_another_drop_may_be_allowed():
-    assert evaluation.gate(_table(fp32=0.675, int4=0.6), max_drop=0.1).loc["int4", "winner"]
+@pytest.mark.parametrize(
+    ("kl", "passes"), [(0.0, True), (0.05, True), (0.0501, False), (float("inf"), False), (math.nan, False)]
+)
+def test_exactly_the_allowed_kl_passes_and_more_does_not(kl, passes):
+    table = _table(fp32=0.6, int4=0.9, kl={"int4": kl})
+    assert evaluation.gate(table).loc["int4", "passes"] == passes
+
+
+def test_other_bounds_may_be_allowed():
+    table = _table(fp32=0.675, int4=0.6, kl={"int4": 0.2})
+    assert evaluation.gate(table, max_drop=0.1, max_kl=0.2).loc["int4", "winner"]
+    assert not evaluation.gate(table, max_drop=0.1).loc["int4", "passes"]
+    assert not evaluation.gate(table, max_kl=0.2).loc["int4", "passes"]
 
 
 def test_the_reference_wins_when_nothing_else_passes():
     assert evaluation.gate(_table(fp32=0.7, int8=0.1, int4=0.1)).loc["fp32", "winner"]
 
 
-def test_every_row_says_why():
-    reasons = evaluation.gate(_table(fp32=0.675, int8=0.725, int4=0.6, transformers=0.675))["reason"]
-    assert reasons.to_dict() == {
+def test_every_row_says_its_values_and_the_bounds():
+    table = _table(fp32=0.675, int8=0.725, int4=0.6, transformers=0.675, kl={"int8": 0.0045, "int4": 0.312})
+    assert evaluation.gate(table)["reason"].to_dict() == {
         "fp32": "accuracy 67.5%, the reference; slower than int8 (48 against 137 tokens/s)",
-        "int8": "accuracy 72.5%, 5.0 points above fp32; the fastest of those that pass",
-        "int4": "accuracy 60.0%, 7.5 points below fp32: more than the 5 allowed",
-        "transformers": "accuracy 67.5%, level with fp32; slower than int8 (17 against 137 tokens/s)",
+        "int8": "accuracy 72.5%, 5.0 points above fp32 (5 allowed); KL 0.0045 nats (0.05 allowed); "
+        "the fastest of those that pass",
+        "int4": "accuracy 60.0%, 7.5 points below fp32: more than the 5 allowed; "
+        "KL 0.31 nats: more than the 0.05 allowed",
+        "transformers": "accuracy 67.5%, level with fp32 (5 allowed); KL 0 nats (0.05 allowed); "
+        "slower than int8 (17 against 137 tokens/s)",
     }
 
 
 def test_the_baseline_has_its_row_and_never_wins():
     table = _table(transformers=0.7, int4=0.68).rename({"transformers": evaluation.BASELINE})
     table.loc[evaluation.BASELINE, "tokens_per_second"] = 500
-    gated = evaluation.gate(table)
+    gated = evaluation.gate(table.assign(kl_divergence=math.nan))
     assert gated["reason"].to_dict() == {
         evaluation.BASELINE: "accuracy 70.0%, the reference; the baseline, not for shipping",
-        "int4": f"accuracy 68.0%, 2.0 points below {evaluation.BASELINE}; the fastest of those that pass",
+        "int4": f"accuracy 68.0%, 2.0 points below {evaluation.BASELINE} (5 allowed); "
+        "KL not measured, for lack of fp32; the fastest of those that pass",
     }
     assert gated.index[gated["winner"]].tolist() == ["int4"]
     with pytest.raises(evaluation.GateError, match=r"not promoted to @champion: .* not for shipping"):
@@ -131,19 +176,25 @@ def test_the_baseline_has_its_row_and_never_wins():
 
 def test_a_study_in_which_only_the_baseline_passes_ships_nothing():
     table = _table(transformers=0.7, int4=0.6).rename({"transformers": evaluation.BASELINE})
-    expected = "at most 5 points less accurate than slm-transformers: slm-transformers 70.0%, int4 60.0%"
-    with pytest.raises(evaluation.GateError, match=expected):
+    with pytest.raises(evaluation.GateError, match=r"No candidate passes.*\n.*\nint4: .*more than the 5"):
         evaluation.gate(table)
+
+
+def test_a_candidate_that_says_nothing_has_no_speed_and_still_a_verdict():
+    table = _table(fp32=0.0, int4=0.0).assign(tokens_per_second=math.nan)
+    assert evaluation.gate(table)["winner"].sum() == 1
+    table.loc["fp32", "tokens_per_second"] = 48
+    assert evaluation.gate(table).loc["fp32", "winner"]
 
 
 @pytest.mark.parametrize(("tokens", "seconds", "rate"), [(25, 2.5, 12), (1, 0.5, None), (0, 0.4, None)])
 def test_a_rate_needs_a_second_token(tokens, seconds, rate):
-    measured = evaluation.Answer("", tokens, 0.5, seconds).rate(0.5)
+    measured = candidates.Answer("", tokens, 0.5, seconds).rate(0.5)
     assert measured == rate or (rate is None and math.isnan(measured))
 
 
-def test_without_fp32_the_first_candidate_is_the_reference():
-    gated = evaluation.gate(_table(transformers=0.7, int4=0.68))
+def test_without_fp32_the_first_candidate_is_the_reference_and_accuracy_alone_decides():
+    gated = evaluation.gate(_table(transformers=0.7, int4=0.68).assign(kl_divergence=math.nan))
     assert gated.loc["transformers", "reason"].startswith("accuracy 70.0%, the reference")
     assert gated.index[gated["winner"]].tolist() == ["int4"]
 
@@ -200,74 +251,43 @@ def study(store, tiny_phi3_onnx, tiny_phi3_checkpoint):
 @pytest.fixture
 def right_answers():
     questions = evaluation.questions()
-    return pd.Series([accepted[0] for accepted in questions["answers"]], index=questions["question"])
+    right = [accepted[0] for accepted in questions["answers"]]
+    return pd.DataFrame({"knows": right, "unsure": right}, index=questions["question"])
 
 
-def test_accuracy_and_agreement_are_shares_of_the_questions(store, right_answers):
-    answers = right_answers.copy()
-    answers.iloc[:10] = "no idea"
+def test_accuracy_is_the_share_of_questions_answered_right_with_its_interval(store, right_answers):
+    right_answers.iloc[:25, 1] = "no idea"
     with mlflow.start_run() as run:
-        scores = evaluation.score(answers, reference=right_answers)
-    assert scores == {"accuracy": 0.75, "agreement": 0.75}
+        scores = evaluation.score(right_answers)
+    assert scores["accuracy"].to_dict() == {"knows": 1.0, "unsure": 0.75}
+    assert scores.loc["unsure", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx(
+        [0.657, 0.825], abs=5e-4
+    )
     metrics = mlflow.get_run(run.info.run_id).data.metrics
-    assert metrics["accuracy/mean"] == metrics["agreement/mean"] == 0.75
+    assert (metrics["knows/mean"], metrics["unsure/mean"]) == (1.0, 0.75)
 
 
-def test_a_right_answer_in_other_words_is_accurate_without_agreeing(store, right_answers):
-    with mlflow.start_run():
-        scores = evaluation.score("It is " + right_answers, reference=right_answers)
-    assert scores == {"accuracy": 1.0, "agreement": 0.0}
-
-
-def test_every_question_leaves_a_trace_with_its_answer(store, right_answers):
+def test_every_question_leaves_a_trace_with_all_answers_and_verdicts(store, right_answers, capfd):
+    right_answers.iloc[0, 1] = ""  # a random model says nothing
     with mlflow.start_run() as run:
-        evaluation.score(right_answers, right_answers)
-    traces = mlflow.search_traces(run_id=run.info.run_id, return_type="list")
-    told = {trace.data.spans[0].inputs["question"]: trace.data.spans[0].outputs for trace in traces}
-    assert told == right_answers.to_dict()
-
-
-def test_questions_that_two_runs_made_at_once_or_one_left_half_made_stop_nobody(right_answers, tmp_path):
-    before = mlflow.get_tracking_uri()
-    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "evaluation")
-    try:
-        name = _score_and_name_the_data(right_answers)
-        datasets.delete_dataset(dataset_id=datasets.get_dataset(name=name).dataset_id)
-        datasets.create_dataset(name=name)  # its maker was killed here
-        assert _score_and_name_the_data(right_answers) == name
-        datasets.create_dataset(name=name).merge_records([{"inputs": {"question": "Which?"}}])
-        assert _score_and_name_the_data(right_answers) == name
-        digests = {
-            dataset.digest for run in mlflow.search_runs(output_format="list") for dataset in _data(run)
-        }
-        assert len(digests) == 2  # one before the first was deleted, one after
-    finally:
-        mlflow.set_tracking_uri(before)
-
-
-def _data(run) -> list:
-    return [given.dataset for given in run.inputs.dataset_inputs]
-
-
-def _score_and_name_the_data(answers) -> str:
-    with mlflow.start_run() as run:
-        assert evaluation.score(answers, answers) == {"accuracy": 1.0, "agreement": 1.0}
-    (dataset,) = _data(mlflow.get_run(run.info.run_id))
-    assert json.loads(dataset.profile)["num_records"] == 40
-    return dataset.name
-
-
-def test_scoring_prints_nothing(store, right_answers, capfd):
-    with mlflow.start_run():
-        evaluation.score(right_answers, right_answers)
+        evaluation.score(right_answers)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+    traces = mlflow.search_traces(run_id=run.info.run_id, return_type="list")
+    told = {trace.data.spans[0].inputs["question"]: trace.data.spans[0].outputs for trace in traces}
+    assert told == right_answers.to_dict(orient="index")
+    first = next(t for t in traces if t.data.spans[0].inputs["question"] == right_answers.index[0])
+    verdicts = {one.name: one.value for one in first.info.assessments}
+    assert verdicts["knows"] is True
+    assert verdicts["unsure"] is False
 
 
 @pytest.mark.models
-def test_the_same_weights_agree_with_themselves(study):
+def test_the_same_weights_are_no_nat_away_from_themselves(study):
     table, answers = study
-    assert table.loc[["fp32", "copy"], "agreement"].tolist() == [1.0, 1.0]
+    assert table["kl_divergence"].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    assert table.loc[["fp32", "copy"], "top1_agreement"].tolist() == [1.0, 1.0]
+    assert table.loc["transformers", "top1_agreement"] > 0.99
     assert (answers["copy"] == answers["fp32"]).all()
 
 
@@ -301,12 +321,12 @@ def test_a_run_holds_model_data_and_figures_together(study):
         run = mlflow.get_run(row["run_id"])
         (dataset,) = run.inputs.dataset_inputs
         digests.add((dataset.dataset.name, dataset.dataset.digest))
-        assert json.loads(dataset.dataset.profile)["num_records"] == 40
+        assert json.loads(dataset.dataset.profile)["num_rows"] == 100
         assert [given.model_id for given in run.inputs.model_inputs] == [row["model_id"]]
         assert run.data.params["candidate"] == name
         assert run.data.params["max_new_tokens"] == "8"
-        assert run.data.metrics["accuracy/mean"] == row["accuracy"]
-        assert run.data.metrics["size_mb"] == pytest.approx(row["size_mb"])
+        for measured in evaluation.MEASURED:
+            assert run.data.metrics[measured] == pytest.approx(row[measured])
     assert len(digests) == 1  # equal questions, equal digest
 
 
@@ -315,8 +335,7 @@ def test_the_logged_model_shows_the_figures_too(study):
     table, _ = study
     row = table.loc["copy"]
     metrics = {metric.key: metric.value for metric in mlflow.get_logged_model(row["model_id"]).metrics}
-    assert metrics["accuracy/mean"] == row["accuracy"]
-    assert metrics["tokens_per_second"] == pytest.approx(row["tokens_per_second"])
+    assert metrics == pytest.approx({name: row[name] for name in evaluation.MEASURED})
 
 
 @pytest.mark.models
@@ -327,6 +346,7 @@ def test_a_promoted_version_has_the_alias_and_the_evidence(study):
     assert promoted.aliases == ["champion"]
     assert promoted.tags["candidate"] == "copy"
     assert promoted.tags["accuracy"] == "0.6"
+    assert promoted.tags["kl_divergence"] == "0"
     assert promoted.tags["evaluation_run"] == table.loc["copy", "run_id"]
     assert "level with fp32" in promoted.tags["gate"]
 
@@ -341,6 +361,15 @@ def test_a_candidate_that_fails_the_gate_is_refused_and_changes_nothing(study):
         evaluation.promote(table, "copy", version)
     after = mlflow.MlflowClient().get_model_version("refused", version.version)
     assert (after.aliases, after.tags) == ([], {})
+
+
+@pytest.mark.models
+def test_a_candidate_that_is_too_far_from_fp32_is_refused(study):
+    table = study[0].assign(accuracy=0.7, kl_divergence=[0, 0.3, 0])
+    with pytest.raises(
+        evaluation.GateError, match=r"copy is not promoted .* KL 0\.3 nats: more than the 0\.05"
+    ):
+        evaluation.promote(table, "copy", version=None)
 
 
 @pytest.mark.models
@@ -365,13 +394,54 @@ def test_comparing_nothing_is_a_clear_error():
 @pytest.mark.command
 def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
     with pytest.raises(RuntimeError, match=r"could not be loaded and asked: .*MLmodel"):
-        evaluation.footprint(tmp_path, [{"role": "user", "content": "Hello"}])
+        candidates.footprint(tmp_path, [{"role": "user", "content": "Hello"}])
 
 
-def test_the_embedded_model_knows_some_of_the_answers_and_not_all(store, smollm2_onnx):
-    loaded = mlflow.pyfunc.load_model(_log_onnx(smollm2_onnx).model_uri)
+# --- the embedded model
+
+
+@pytest.fixture(scope="module")
+def embedded(store):
+    """smollm2-135m behind the wrapper, in what the study compares."""
+    model = catalog.find("smollm2-135m")
+    return {
+        name: mlflow.pyfunc.load_model(_log_onnx(export.onnx_folder(model, name)).model_uri)
+        for name in export.compared(model)
+    }
+
+
+@pytest.mark.models
+def test_the_embedded_model_knows_some_of_the_answers_and_not_all(embedded):
     questions = evaluation.questions()
     chats = [catalog.find("smollm2-135m").messages(question) for question in questions["question"]]
-    texts = [answer.text for answer in evaluation.answer(loaded, chats, max_new_tokens=24)]
+    texts = [answer.text for answer in candidates.answer(embedded["fp32"], chats, max_new_tokens=24)]
     right = [evaluation.is_correct(*pair) for pair in zip(texts, questions["answers"], strict=True)]
     assert 0.4 <= sum(right) / len(right) <= 0.8
+
+
+@pytest.fixture(scope="module")
+def written(embedded):
+    """A chat with what fp32 wrote, a chat that it was told to say nothing in, and their token ids."""
+    model = catalog.find("smollm2-135m")
+    chats = [
+        model.messages(prompt) for prompt in ("What is the capital of Spain?", *evaluation.open_prompts()[:2])
+    ]
+    texts = [answer.text for answer in candidates.answer(embedded["fp32"], chats, max_new_tokens=24)]
+    return [*zip(chats, texts, strict=True), (chats[0], "")]
+
+
+def test_what_is_read_is_what_fp32_wrote(embedded, written):
+    wrapper = embedded["fp32"].unwrap_python_model()
+    for chat, text in written:
+        prompt, answer = wrapper.encode_messages(chat), wrapper.tokenizer.encode(text)
+        ids = np.concatenate([prompt, answer]).astype(np.int32)
+        logits = candidates.next_token_logits(embedded["fp32"], ids, len(prompt) - 1)
+        assert len(logits) == len(answer) + 1
+        assert logits.argmax(axis=-1)[:-1].tolist() == answer.tolist()
+
+
+def test_careful_int8_is_nearer_to_fp32_than_careless_int4(embedded, written):
+    far = candidates.divergences(embedded, "fp32", written)
+    assert far["fp32"] == {"kl_divergence": 0.0, "top1_agreement": 1.0}
+    assert 0 < far["int8"]["kl_divergence"] < evaluation.MAX_KL < far["int4-default"]["kl_divergence"]
+    assert far["int8"]["top1_agreement"] > far["int4-default"]["top1_agreement"]

@@ -10,6 +10,9 @@ def gated():
     table = pd.DataFrame(
         {
             "accuracy": [0.675, 0.725, 0.6, 0.675],
+            "accuracy_low": [0.58, 0.63, 0.5, 0.58],
+            "accuracy_high": [0.76, 0.80, 0.69, 0.76],
+            "kl_divergence": [0.0, 0.0045, 0.31, 1e-10],
             "tokens_per_second": [48.0, 137.0, 157.0, 17.0],
             "size_mb": [544.0, 271.0, 117.0, 542.0],
         },
@@ -30,56 +33,71 @@ def runs():
     )
 
 
-def _texts(figure):
-    return " ".join(text.get_text() for text in figure.axes[0].texts)
+def _points(axes):
+    (_bars, points) = axes.collections if len(axes.collections) == 2 else (None, *axes.collections)
+    return points
 
 
-def test_a_candidate_stands_at_its_speed_and_accuracy(gated):
-    (points,) = plots.precision_plot(gated).axes[0].collections
-    assert points.get_offsets().tolist() == [[48, 67.5], [137, 72.5], [157, 60], [17, 67.5]]
+def test_a_candidate_stands_in_its_row_at_its_accuracy_kl_and_speed(gated):
+    quality, distance, speed = plots.precision_plot(gated).axes
+    assert _points(quality).get_offsets().tolist() == [[67.5, 0], [72.5, 1], [60, 2], [67.5, 3]]
+    assert _points(distance).get_offsets().tolist() == [[0, 0], [0.0045, 1], [0.31, 2], [1e-10, 3]]
+    assert _points(speed).get_offsets().tolist() == [[48, 0], [137, 1], [157, 2], [17, 3]]
 
 
-def test_the_area_of_a_marker_is_proportional_to_the_size_on_disk(gated):
-    (points,) = plots.precision_plot(gated).axes[0].collections
-    assert points.get_sizes() / points.get_sizes()[0] == pytest.approx(gated["size_mb"] / 544)
+def test_the_bar_of_an_accuracy_is_its_interval(gated):
+    bars, _ = plots.precision_plot(gated).axes[0].collections
+    ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx(pair) for pair in ([58, 76], [63, 80], [50, 69], [58, 76])]
 
 
-def test_every_candidate_is_named_with_its_fate(gated):
-    texts = _texts(plots.precision_plot(gated))
-    assert "int8\n271 MB, winner" in texts
-    assert "int4\n117 MB, fails the gate" in texts
-    assert "fp32\n544 MB, passes" in texts
-    assert "transformers\n542 MB, passes" in texts
+def test_every_candidate_is_named_with_its_size_and_fate_and_the_winner_is_bold(gated):
+    labels = plots.precision_plot(gated).axes[0].get_yticklabels()
+    assert {label.get_text(): label.get_fontweight() for label in labels} == {
+        "fp32\n544 MB, passes": "normal",
+        "int8\n271 MB, winner": "bold",
+        "int4\n117 MB, fails the gate": "normal",
+        "transformers\n542 MB, passes": "normal",
+    }
 
 
-def test_no_line_runs_through_the_name_of_a_candidate(gated):
-    *names, _gate = plots.precision_plot(gated).axes[0].texts
-    assert len(names) == len(gated)
-    for name in names:
-        assert to_rgba(name.get_bbox_patch().get_facecolor()) == to_rgba("white")
-        assert name.get_zorder() > 2  # lines are at 2 at most
-
-
-@pytest.mark.parametrize(("max_drop", "height"), [(0.05, 62.5), (0.10, 57.5)])
-def test_the_gate_is_drawn_where_it_is(gated, max_drop, height):
-    figure = plots.precision_plot(gated, max_drop)
-    (line,) = figure.axes[0].lines
-    assert list(line.get_ydata()) == pytest.approx([height, height])
-    assert f"gate: {max_drop * 100:g} points below fp32" in _texts(figure)
+@pytest.mark.parametrize(("max_drop", "max_kl", "place"), [(0.05, 0.05, 62.5), (0.10, 0.02, 57.5)])
+def test_the_gate_is_drawn_where_it_is(gated, max_drop, max_kl, place):
+    quality, distance, _ = plots.precision_plot(gated, max_drop, max_kl).axes
+    (line,), (bound,) = [
+        [line for line in axes.lines if line.get_linestyle() == "--"] for axes in (quality, distance)
+    ]
+    assert list(line.get_xdata()) == pytest.approx([place, place])
+    assert list(bound.get_xdata()) == pytest.approx([max_kl, max_kl])
+    assert quality.get_title() == f"gate: {max_drop * 100:g} points below fp32"
+    assert distance.get_title() == f"gate: {max_kl:g} nats"
 
 
 def test_failing_is_told_by_a_hollow_marker_and_not_by_colour_alone(gated):
-    (points,) = plots.precision_plot(gated).axes[0].collections
-    hollow = [tuple(color) == to_rgba("white") for color in points.get_facecolor()]
-    assert hollow == [not passes for passes in gated["passes"]]
+    for axes in plots.precision_plot(gated).axes:
+        hollow = [tuple(color) == to_rgba("white") for color in _points(axes).get_facecolor()]
+        assert hollow == [not passes for passes in gated["passes"]]
+
+
+def test_without_kl_there_is_no_panel_for_it(gated):
+    gated = evaluation.gate(gated.drop("fp32").assign(kl_divergence=float("nan")))
+    labels = [axes.get_xlabel() for axes in plots.precision_plot(gated).axes]
+    assert labels == ["accuracy (% of the questions, 95 % interval)", "speed of one request (tokens/s)"]
+
+
+def test_candidates_that_say_nothing_can_be_drawn(gated, tmp_path):
+    gated = evaluation.gate(gated.assign(accuracy=0.0, accuracy_low=0.0, tokens_per_second=float("nan")))
+    plots.precision_plot(gated).savefig(tmp_path / "precision.png")
 
 
 def test_axes_carry_units(gated, runs):
-    axes = plots.precision_plot(gated).axes + plots.runs_plot(runs, "max_new_tokens").axes
-    labels = [label for one in axes for label in (one.get_xlabel(), one.get_ylabel())]
-    assert labels == [
+    assert [axes.get_xlabel() for axes in plots.precision_plot(gated).axes] == [
+        "accuracy (% of the questions, 95 % interval)",
+        "KL divergence from fp32 (nats)",
         "speed of one request (tokens/s)",
-        "accuracy (% of the questions)",
+    ]
+    axes = plots.runs_plot(runs, "max_new_tokens").axes
+    assert [label for one in axes for label in (one.get_xlabel(), one.get_ylabel())] == [
         "max_new_tokens (longest answer, tokens)",
         "time of an answer (s)",
         "max_new_tokens (longest answer, tokens)",
@@ -136,6 +154,7 @@ plots.runs_plot(runs, "threads", ["seconds"])
 
 def test_figures_tell_their_figures_to_those_who_cannot_see_them(gated, runs):
     _, precision = plots.precision_plot(gated)._repr_mimebundle_()
-    assert "int8: 72% right, 137 tokens/s, 271 MB, winner" in precision["image/png"]["alt"]
+    told = "int8: 72% right (63% to 80%), KL 0.0045 nats, 137 tokens/s, 271 MB, winner"
+    assert told in precision["image/png"]["alt"]
     _, study = plots.runs_plot(runs, "max_new_tokens")._repr_mimebundle_()
     assert "8 → 0.4, 16 → 0.8, 64 → 3.2" in study["image/png"]["alt"]

@@ -27,13 +27,21 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "block_size=16",
         "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8",
     ),
+    # The builder's own default, without care: never offered, but measured so that a gate has what to refuse.
+    "int4-default": (),
 }
+
+
+def compared(model: Model) -> tuple[str, ...]:
+    """What a study compares: what the model is offered in and, where it is converted here, int4-default."""
+    return (*model.precisions, "int4-default") if "fp32" in model.precisions else model.precisions
 
 
 def onnx_folder(
     model: Model, precision: str, offline: bool = False, *, prompt: str = "", max_new_tokens: int = 0
 ) -> Path:
-    """The ONNX folder of `model` (genai_config.json, model, tokenizer) in fp32, int8 or int4.
+    """The ONNX folder of `model` (genai_config.json, model, tokenizer) in fp32, int8, int4 or
+    int4-default.
 
     A published folder is fetched where the catalogue knows one; a folder of the reader's own that already
     is ONNX is returned as it is; anything else is exported from the checkpoint for the CPU.
@@ -47,7 +55,8 @@ def onnx_folder(
         ValueError: if the precision is none of those, or the prompt is too long.
         ModelUnavailable: if the files are not there and cannot be had, or if some are damaged.
     """
-    check_precision(precision)
+    if precision not in OPTIONS:
+        check_precision(precision)
     if isinstance(model.origin, Folder) and model.origin.is_onnx:
         folder = guard.check_onnx(model.origin.path)
     else:
@@ -95,7 +104,7 @@ def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> 
     try:
         store.run_module(
             "onnxruntime_genai.models.builder",
-            *("-m", "none", "-i", origin, "-o", staging, "-p", precision, "-e", "cpu"),
+            *("-m", "none", "-i", origin, "-o", staging, "-p", precision.partition("-")[0], "-e", "cpu"),
             *("-c", staging / "cache"),
             *(("--extra_options", *options) if options else ()),
             log=staging / "log.txt",

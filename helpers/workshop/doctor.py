@@ -179,7 +179,7 @@ def model(name: str) -> Finding:
         return OK, f"{name} is a folder of your own; it is read as it is"
     home = store.weights_dir() / chosen.key
     wanted = {"checkpoint": fetch.recipe(chosen)}
-    wanted |= {f"onnx-{precision}": export.onnx_recipe(chosen, precision) for precision in chosen.precisions}
+    wanted |= {f"onnx-{recipe}": export.onnx_recipe(chosen, recipe) for recipe in export.compared(chosen)}
     try:
         whole = [part for part, recipe in wanted.items() if store.is_complete(home / part, recipe)]
         for part in whole:

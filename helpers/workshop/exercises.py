@@ -331,8 +331,8 @@ def check_cities_schema(cities_schema: dict, loaded: PyFuncModel, wrapper: Phi3M
     return f"the shape holds, {text}; what stands in it is up to the model."
 
 
-@exercise("2.5", "`evaluation.gate(table, max_drop)` says who passes; a column's `idxmin()` names the least.")
-def check_smallest(smallest: Callable[[pd.DataFrame, float], str], table: pd.DataFrame) -> str:
+@exercise("2.5", "`evaluation.gate` with both bounds says who passes; a column's `idxmin()` names the least.")
+def check_smallest(smallest: Callable[[pd.DataFrame, float, float], str], table: pd.DataFrame) -> str:
     """Of those that pass the gate, the one with the least on disk is named, whatever was measured."""
     from helpers import evaluation
 
@@ -340,28 +340,32 @@ def check_smallest(smallest: Callable[[pd.DataFrame, float], str], table: pd.Dat
     others = table["size_mb"].drop(evaluation.reference_among(table.index))
     if others.empty:
         raise NotChecked("only one candidate was measured; there is nothing to choose from.")
-    # The same candidates, as if the smallest were also the worst, by 30 points.
-    bad = table.assign(accuracy=0.8)
-    bad.loc[others.idxmin(), "accuracy"] = 0.5
-    for measured, max_drop in [(table, 0.05), (bad, 0.05), (bad, 0.4), (table, 0.0), (table, 1.0)]:
-        verdict = evaluation.gate(measured, max_drop)
+    # The same candidates, as if the smallest had lost 30 points, or was a nat away from fp32.
+    equal = table.assign(accuracy=0.8, kl_divergence=0.0)
+    weak, far = equal.copy(), equal.copy()
+    weak.loc[others.idxmin(), "accuracy"] = 0.5
+    far.loc[others.idxmin(), "kl_divergence"] = 1.0
+    cases = [(table, 0.05, 0.05), (weak, 0.05, 0.05), (weak, 0.4, 0.05), (far, 0.05, 0.05), (far, 0.05, 2.0)]
+    for measured, max_drop, max_kl in cases:
+        verdict = evaluation.gate(measured, max_drop, max_kl)
         right = verdict.query("passes")["size_mb"].idxmin()
-        name = call(smallest, measured.copy(), max_drop)
+        name = call(smallest, measured.copy(), max_drop, max_kl)
+        asked = f"with max_drop={max_drop} and max_kl={max_kl} it chose"
         if not isinstance(name, str) or name not in table.index:
             raise Wrong(f"it returned {short(name)}.", f"Return a name: {', '.join(table.index)}.")
         if not verdict.loc[name, "passes"]:
             raise Wrong(
-                f"with max_drop={max_drop} it chose {name}: {verdict.loc[name, 'reason']}.",
-                "Keep only rows that pass: evaluation.gate(table, max_drop).query('passes').",
+                f"{asked} {name}: {verdict.loc[name, 'reason']}.",
+                "Keep only rows that pass: evaluation.gate(table, max_drop, max_kl).query('passes').",
             )
         if name != right:
             sizes = measured["size_mb"]
             raise Wrong(
-                f"with max_drop={max_drop} it chose {name} ({sizes[name]:.0f} MB), and {right} passes with "
-                f"{sizes[right]:.0f} MB.",
-                "Take the least size_mb among those that pass, and hand max_drop on to the gate.",
+                f"{asked} {name} ({sizes[name]:.0f} MB), and {right} passes with {sizes[right]:.0f} MB.",
+                "Take the least size_mb among those that pass, and hand both bounds on to the gate.",
             )
-    return f"of those that pass, {smallest(table, evaluation.MAX_DROP)} is the smallest here."
+    chosen = smallest(table, evaluation.MAX_DROP, evaluation.MAX_KL)
+    return f"of those that pass, {chosen} is the smallest here."
 
 
 def _check_asked(asked: list[tuple[str, str]], version: ModelVersion, question: str) -> None:

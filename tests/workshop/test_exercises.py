@@ -52,7 +52,7 @@ _SCORE = (
     "    return {}"
 )
 _PEEK = "def peek(stream, count):\n    {}"
-_SMALLEST = "def smallest(table, max_drop):\n    return {}"
+_SMALLEST = "def smallest(table, max_drop, max_kl):\n    return {}"
 ATTEMPTS = [
     ("1.1", "del tell", "there is no `tell`", "what the check looks for"),
     ("1.1", "tell = None", "`tell` is still empty", FIRST_HINT["1.1"]),
@@ -290,17 +290,29 @@ ATTEMPTS = [
     ),
     (
         "2.5",
-        _SMALLEST.format("evaluation.gate(table).query('passes')['size_mb'].idxmin()"),
-        "with max_drop=0.4 it chose",
-        "hand max_drop on",
+        _SMALLEST.format("evaluation.gate(table, max_drop, 9).query('passes')['size_mb'].idxmin()"),
+        "more than the 0.05 allowed",
+        "Keep only rows that pass",
     ),
     (
         "2.5",
-        _SMALLEST.format("evaluation.gate(table, max_drop).query('passes')['size_mb'].idxmax()"),
+        _SMALLEST.format("evaluation.gate(table, max_kl=max_kl).query('passes')['size_mb'].idxmin()"),
+        "with max_drop=0.4 and max_kl=0.05 it chose",
+        "hand both bounds on",
+    ),
+    (
+        "2.5",
+        _SMALLEST.format("evaluation.gate(table, max_drop).query('passes')['size_mb'].idxmin()"),
+        "with max_drop=0.05 and max_kl=2.0 it chose",
+        "hand both bounds on",
+    ),
+    (
+        "2.5",
+        _SMALLEST.format("evaluation.gate(table, max_drop, max_kl).query('passes')['size_mb'].idxmax()"),
         "passes with",
         "Take the least size_mb",
     ),
-    ("2.5", _SMALLEST.format("evaluation.gate(table, max_drop)"), "it returned", "Return a name: "),
+    ("2.5", _SMALLEST.format("evaluation.gate(table, max_drop, max_kl)"), "it returned", "Return a name: "),
 ]
 
 

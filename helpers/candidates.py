@@ -1,0 +1,196 @@
+"""What a candidate answers, how far its probabilities are from a reference's, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow.pyfunc import PyFuncModel
+
+Chat = list[dict[str, str]]  # messages: "role" and "content" of each
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost; `seconds` is the whole call."""
+
+    text: str
+    completion_tokens: int
+    time_to_first_token: float
+    seconds: float
+
+    def rate(self, first: float) -> float:
+        """Tokens per second after the first, which took `first` seconds; NaN where no other came."""
+        rest, seconds = self.completion_tokens - 1, self.seconds - first
+        return rest / seconds if rest > 0 and seconds > 0 else math.nan
+
+
+def load(folder: Path) -> PyFuncModel:
+    """Load a model that MLflow saved on this machine, without a progress bar."""
+    import mlflow
+    from mlflow.models import Model as Saved
+
+    if "transformers" in Saved.load(folder).flavors:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+    return mlflow.pyfunc.load_model(str(folder))
+
+
+def answer(loaded: PyFuncModel, chats: list[Chat], max_new_tokens: int) -> list[Answer]:
+    """The greedy answers of a loaded model to chats, in order."""
+    if "transformers" in loaded.metadata.flavors:
+        return _answer_with_pipeline(loaded.get_raw_model(), chats, max_new_tokens)
+    wrapper = loaded.unwrap_python_model()
+    prompts = [wrapper.encode_messages(chat) for chat in chats]
+    completions = wrapper.generate(prompts, {"max_new_tokens": max_new_tokens, "temperature": 0.0})
+    return [
+        Answer(c.text, c.completion_tokens, c.time_to_first_token, c.seconds)
+        for c in (completion.result() for completion in completions)
+    ]
+
+
+def _answer_with_pipeline(pipeline, chats: list[Chat], max_new_tokens: int) -> list[Answer]:
+    """The pipeline itself: behind `predict` it cannot be told to batch (unless it was logged so)."""
+    start = time.perf_counter()
+    texts = [
+        row[0]["generated_text"]
+        for row in pipeline(
+            chats, batch_size=16, max_new_tokens=max_new_tokens, do_sample=False, return_full_text=False
+        )
+    ]
+    seconds = time.perf_counter() - start
+    counts = [len(ids) for ids in pipeline.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [Answer(text, n, float("nan"), seconds) for text, n in zip(texts, counts, strict=True)]
+
+
+def next_token_logits(loaded: PyFuncModel, ids: np.ndarray, start: int) -> np.ndarray:
+    """Read token ids in one pass, and return what would come next at each position from `start` on.
+
+    Returns:
+        Logits of shape (len(ids) - start, vocabulary), as float32.
+    """
+    if "transformers" in loaded.metadata.flavors:
+        import torch
+
+        with torch.inference_mode():
+            logits = loaded.get_raw_model().model(torch.tensor(ids[None]).long()).logits
+        return logits[0, start:].float().numpy()
+    import onnxruntime_genai as og
+
+    model = loaded.unwrap_python_model().model
+    search = og.GeneratorParams(model)
+    search.set_search_options(max_length=len(ids) + 1)
+    generator = og.Generator(model, search)
+    generator.append_tokens(ids)
+    return generator.get_output("logits")[0, start:].astype("float32")  # a copy, the output ends with genai's
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Compare two models' logits, of shape (positions, vocabulary), position by position.
+
+    Returns:
+        Shape (positions, 2). First KL(reference || other) in nats (Kullback and Leibler, 1951): how many
+        more nats a token drawn by the reference's probabilities costs with the other's. Then 1 where both
+        find the same token likeliest, else 0.
+    """
+    import numpy as np
+    from scipy.special import rel_entr, softmax
+
+    one, two = (softmax(logits.astype(np.float64), axis=-1) for logits in (reference, other))
+    return np.stack([rel_entr(one, two).sum(axis=-1), one.argmax(axis=-1) == two.argmax(axis=-1)], axis=-1)
+
+
+def divergences(
+    loaded: Mapping[str, PyFuncModel], reference: str, written: list[tuple[Chat, str]]
+) -> dict[str, dict[str, float]]:
+    """Let every candidate read what the reference wrote, and compare their probabilities.
+
+    llama.cpp's `perplexity --kl-divergence` measures quantised models in the same way, on given texts.
+
+    Args:
+        loaded: name → model; the reference is one of `Phi3Model`.
+        written: chats with the reference's answers. Every position of an answer counts, and the one behind
+            it, where it ended or was cut; so an empty answer counts as well.
+    Returns:
+        For each candidate the means over all positions: `kl_divergence` in nats and `top1_agreement`.
+    """
+    import numpy as np
+
+    wrapper = loaded[reference].unwrap_python_model()
+    begins = len(wrapper.tokenizer.encode(""))  # some tokenizers put a token of their own before every text
+    found: dict[str, list] = {name: [] for name in loaded}
+    for chat, text in written:  # one by one: the logits of a long one take 25 MB in float64
+        prompt = wrapper.encode_messages(chat)
+        ids = np.concatenate([prompt, wrapper.tokenizer.encode(text)[begins:]])
+        wanted = next_token_logits(loaded[reference], ids, len(prompt) - 1)
+        for name, candidate in loaded.items():
+            logits = wanted if name == reference else next_token_logits(candidate, ids, len(prompt) - 1)
+            found[name].append(divergence(wanted, logits))
+    means = {name: np.concatenate(parts).mean(axis=0).tolist() for name, parts in found.items()}
+    return {name: {"kl_divergence": kl, "top1_agreement": same} for name, (kl, same) in means.items()}
+
+
+def speeds(loaded: Mapping[str, PyFuncModel], chat: Chat, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians over single calls of up to 24 tokens, one candidate after the other in every round."""
+    import numpy as np
+
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in loaded}
+    for _ in range(rounds):
+        for name, served in loaded.items():
+            (whole,) = answer(served, [chat], max_new_tokens=24)
+            first = whole.time_to_first_token
+            if math.isnan(first):  # no stream
+                first = answer(served, [chat], max_new_tokens=1)[0].seconds
+            samples[name].append((first, whole.rate(first)))
+    medians = {name: np.median(pairs, axis=0) for name, pairs in samples.items()}
+    return {
+        name: {"first_token_ms": float(first) * 1e3, "tokens_per_second": float(rate)}
+        for name, (first, rate) in medians.items()
+    }
+
+
+def footprint(folder: Path, chat: Chat) -> dict[str, float]:
+    """Load a model in a fresh process and let it answer once.
+
+    Args:
+        folder: a model as MLflow saved it, on this machine.
+        chat: what to ask.
+    Returns:
+        `load_seconds`: `mlflow.pyfunc.load_model`, with the imports it causes. `memory_mb`: what loading and
+        answering added to the resident set of a process that has only imported MLflow. `size_mb`: on disk.
+    Raises:
+        RuntimeError: if the process fails, with the last line it printed.
+    """
+    command = [sys.executable, "-m", "helpers.candidates", str(folder), json.dumps(chat)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise RuntimeError(f"The model in {folder} could not be loaded and asked: {lines[-1]}")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return json.loads(result.stdout.strip().splitlines()[-1]) | {"size_mb": size / 1e6}
+
+
+def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
+    import mlflow.pyfunc
+    import psutil
+
+    process = psutil.Process()
+    before, start = process.memory_info().rss, time.perf_counter()
+    loaded = mlflow.pyfunc.load_model(folder)
+    load_seconds = time.perf_counter() - start
+    answer(loaded, [chat], max_new_tokens=16)
+    return {"load_seconds": load_seconds, "memory_mb": (process.memory_info().rss - before) / 1e6}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_footprint_here(sys.argv[1], json.loads(sys.argv[2]))))

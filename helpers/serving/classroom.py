@@ -262,7 +262,7 @@ def _check_free(host: str, port: int) -> None:
         background.refuse_if_taken(port, host)
     except RuntimeError:
         raise RuntimeError(
-            f"MLflow cannot listen on {host}, port {port}: it is in use by another program. "
+            f"MLflow cannot listen on port {port} of {host}: another program has it in use. "
             'Choose another: make classroom PARAMS="--port 5050"'
         ) from None
 

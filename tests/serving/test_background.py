@@ -59,9 +59,9 @@ def test_servers_end_where_there_are_no_process_groups_and_no_sigkill(tiny_uri, 
 
 @pytest.mark.parametrize("how", ["the block ends", "the server is killed"])
 def test_a_child_in_a_session_of_its_own_ends_with_its_server(how):
-    port = background.free_port()
+    port, others = background.free_port(), set(psutil.Process().children())
     with background.running([sys.executable, "-c", PARENT, str(port)], port, "a server", 60):
-        (supervisor,) = psutil.Process().children()
+        (supervisor,) = set(psutil.Process().children()) - others
         (server,) = supervisor.children()
         (child,) = server.children()
         if how == "the server is killed":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import httpx
 import nbformat
 import psutil
-from serving_support import connected, left
+from serving_support import connected
 
 from helpers.environment import ROOT
 from helpers.serving import background, mlflow_server, openai_server
@@ -43,21 +42,16 @@ def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-    family = []
     try:
         deadline = time.monotonic() + 120
         while not answers(url):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline, f"{url} never answered"
             time.sleep(0.2)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        yield family[0]
+        yield psutil.Process(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        for member in left(family, seconds=5):
-            member.kill()
+        background.end([psutil.Process(process.pid)], seconds=5)
         process.communicate()
 
 

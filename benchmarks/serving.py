@@ -89,6 +89,7 @@ def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
     script.write_text(code.replace("{port}", str(port)), encoding="utf-8")
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, script], stdout=output, stderr=output)
+    root = psutil.Process(process.pid)
     try:
         while not healthy(f"http://127.0.0.1:{port}"):
             if process.poll() is not None:
@@ -96,10 +97,7 @@ def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        for child in children(process):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        process.kill()
+        background.end([root], seconds=0)
         process.wait()
         shutil.rmtree(folder)
 

@@ -19,10 +19,12 @@ _SETTINGS = {
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-# The servers started here are on this machine: no proxy is asked for them. The lower-case name wins.
-_direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-if "127.0.0.1" not in _direct:
-    _direct = ",".join(filter(None, [_direct, "127.0.0.1,localhost,::1"]))
+# The servers started here are on this machine: no proxy is asked for them. The lower-case name wins, and a
+# lone star means every host.
+_direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").replace(" ", "")
+if _direct != "*":
+    _hosts = [*filter(None, _direct.split(",")), "127.0.0.1", "localhost", "::1"]
+    _direct = ",".join(dict.fromkeys(_hosts))
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = _direct
 
 # tqdm says this at import where ipywidgets is absent; text bars are what saved notebooks want.

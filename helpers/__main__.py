@@ -12,6 +12,24 @@ from pathlib import Path
 
 from helpers import environment
 
+# What a command's numbers may be, both ends included.
+RANGES = {
+    "port": (1, 65_535),
+    "trace_sampling": (0, 1),
+    "max_queue": (1, 10_000),
+    "max_body": (1, 1_000_000_000),
+    "timeout": (0.1, 86_400),
+    "grace": (0, 86_400),
+    "workers": (1, 64),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse's own, but what is wrong is one sentence, as it is everywhere here, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}. See: {self.prog} --help")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 bad input)."""
@@ -21,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         options = _parser().parse_args(_spread(sys.argv[1:] if arguments is None else arguments))
+        _check_numbers(vars(options))
         return options.command(options) or 0
     except ValueError as error:  # every bad value of ours is one, with a sentence of its own
         print(f"error: {error}", file=sys.stderr)
@@ -43,10 +62,18 @@ def _spread(arguments: list[str]) -> list[str]:
         raise ValueError(f"PARAMS={arguments[-1]!r} cannot be split into words: {error}.") from None
 
 
+def _check_numbers(options: dict) -> None:
+    """Raise ValueError for a number outside its range; NaN is outside of every one."""
+    for name, (lowest, highest) in RANGES.items():
+        value = options.get(name)
+        if value is not None and not lowest <= value <= highest:
+            relation = f"more than {highest}" if value > highest else f"less than {lowest}"
+            allowed = f"--{name.replace('_', '-')} takes a number from {lowest} to {highest}."
+            raise ValueError(f"{name}={value} is {relation}. {allowed}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers", description="A small language model becomes an MLflow model."
-    )
+    parser = _Parser(prog="python -m helpers", description="A small language model becomes an MLflow model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(

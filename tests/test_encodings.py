@@ -66,6 +66,7 @@ def helpers(*words: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=os.environ | C_LOCALE | environment, capture_output=True)
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("console", ["", "cp1252", "cp932", "ascii:strict"])
 @pytest.mark.parametrize(
     "words",
@@ -79,6 +80,7 @@ def test_a_console_that_cannot_show_a_character_stops_nothing(words, console):
     assert result.returncode in (0, 1, 2)
 
 
+@pytest.mark.kernel
 @pytest.mark.slow
 def test_notebook_02_runs_where_utf_8_is_not_the_default(tmp_path):
     given = {"model": "tiny-phi3", "serve": False, "max_new_tokens": 9}

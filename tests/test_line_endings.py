@@ -15,6 +15,7 @@ def git(*arguments: str | Path) -> None:
     subprocess.run(["git", *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.command
 @pytest.mark.skipif(not shutil.which("git"), reason="Git is not installed")
 @pytest.mark.parametrize("settings", [["core.autocrlf=true"], ["core.autocrlf=false", "core.eol=crlf"]])
 def test_a_clone_for_windows_has_no_carriage_return(settings, tmp_path):

@@ -85,6 +85,7 @@ def test_a_store_of_the_environment_is_refused_in_the_variables_name(monkeypatch
         parameters.store("")
 
 
+@pytest.mark.command
 def test_a_headless_run_refuses_the_environment_s_store_before_it_starts(monkeypatch, capsys):
     from helpers.__main__ import main
 

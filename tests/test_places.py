@@ -168,6 +168,7 @@ def test_an_experiment_with_a_place_of_its_own_keeps_it(checkout, tmp_path):
     assert mlflow.get_experiment_by_name("apart").artifact_location == elsewhere.as_uri()
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("moved_before", [False, True])
 def test_a_model_whose_files_are_gone_is_named_wherever_it_is_asked_for(
     checkout, moved_before, monkeypatch, tmp_path
@@ -204,6 +205,7 @@ def test_default_and_experiments_of_mlflows_pages_lie_beside_the_database(tmp_pa
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("name", ["a%2Fb", "a?b#c", "100% 数据 ü"])
 def test_a_store_and_a_model_lie_below_any_path(weights, tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -230,6 +232,7 @@ def test_a_store_and_a_model_lie_below_any_path(weights, tmp_path, monkeypatch, 
     assert mlflow.pyfunc.load_model(info.model_uri)
 
 
+@pytest.mark.models
 def test_logging_again_takes_no_further_room_and_deleting_harms_nothing(weights, tmp_path):
     large = sum(path.stat().st_size for path in weights.rglob("*") if path.stat().st_size > tracking.LARGE)
     tracking.connect(uri(tmp_path), "e")

@@ -127,6 +127,7 @@ def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(sqlite_uri):
     tracking.connect(sqlite_uri, "an experiment")
 
 
+@pytest.mark.server
 def test_the_experiment_of_traces_is_named_when_it_was_deleted(registered_onnx):
     before = mlflow.get_tracking_uri()
     tracking.connect(registered_onnx, "serving")

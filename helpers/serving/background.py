@@ -1,8 +1,8 @@
 """A server in the background for as long as a `with` block lasts.
 
 Run as a script, this file is the supervisor between the notebook's kernel and the server: it holds the read
-end of a pipe whose other end only the kernel has. However the kernel goes, even by SIGKILL, the operating
-system closes that end, and the supervisor takes the server down. Works on Linux and macOS.
+end of a pipe whose other end only the kernel has. However the kernel goes, even when it is killed, the
+operating system closes that end, and the supervisor takes the server down.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +17,13 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from functools import partial
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import psutil
+
+MARK = "SERVER_MARK"  # in the environment of a server and of all that it starts
 STOP_SECONDS = 10  # how long the server may take to end by itself
 LOG_LINES = 15
 
@@ -52,6 +54,7 @@ def running(
         Its URL.
     Raises:
         RuntimeError: if the port is taken; with the last lines of the server's log, if it does not come up.
+        ValueError: if this machine cannot listen on the port.
     """
     import mlflow
 
@@ -63,8 +66,10 @@ def running(
         # MLflow calls `uvicorn` by its name, and a kernel need not have its environment on PATH
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
-    temporary = partial(tempfile.NamedTemporaryFile, prefix="server-", suffix=".log")
-    with log_file.open("w", encoding="utf-8") if log_file else temporary() as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="server-", ignore_cleanup_errors=True) as folder,
+        (log_file or Path(folder) / "server.log").open("wb") as log,
+    ):
         supervisor = subprocess.Popen(
             [sys.executable, __file__, *command],
             stdin=subprocess.PIPE,
@@ -73,6 +78,7 @@ def running(
             env=env,
             start_new_session=True,  # Ctrl-C reaches the notebook only; ending the server is this block's job
         )
+        root = psutil.Process(supervisor.pid)
         try:
             print(f"Starting {name} … ", end="", flush=True)
             probe = healthy or answers
@@ -81,7 +87,9 @@ def running(
             yield url
         finally:
             supervisor.stdin.close()
-            supervisor.wait(timeout=2 * STOP_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                supervisor.wait(timeout=2 * STOP_SECONDS)
+            end([root], seconds=0)
 
 
 def free_port() -> int:
@@ -92,17 +100,64 @@ def free_port() -> int:
 
 
 def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
-    """Raise RuntimeError, with what to do, if a port is in use: its holder could pass for our server."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just closed is free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
+    """Make sure that a server can listen on a port: another program there could pass for it.
+
+    Raises:
+        RuntimeError: if the port is in use.
+        ValueError: if there is no such host or port on this machine, or this user may not have it.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise RuntimeError(
                 f"port={port} of {host} is in use by another program. End that, or choose another port."
             ) from None
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        raise ValueError(
+            f"host={host!r} with port={port} is not an address that this user can listen on ({reason}). "
+            "Choose one of this machine, such as 127.0.0.1, and a port from 1024 to 65535."
+        ) from None
+
+
+def end(roots: Iterable[psutil.Process], seconds: float = STOP_SECONDS) -> None:
+    """End processes and all that they started: ask them to, wait, and use force on those that are left.
+
+    psutil's calls work on every system, while Windows has neither process groups nor SIGKILL.
+
+    Args:
+        seconds: how long they may take to end by themselves.
+    """
+    for process in (family := _with_children(roots)):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    for process in (rest := _with_children(_wait_for(family, seconds))):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _wait_for(rest, STOP_SECONDS)
+
+
+def _with_children(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
+    family = set(roots)
+    for root in roots:
+        with contextlib.suppress(psutil.Error):
+            family.update(root.children(recursive=True))
+    return family
+
+
+def _wait_for(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
+    """Those that still run after a while. One that only waits to be reaped by its parent does not run."""
+    deadline = time.monotonic() + seconds
+    while (processes := set(filter(_runs, processes))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return processes
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.is_running()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def answers(url: str) -> bool:
@@ -142,20 +197,20 @@ def _supervise(command: list[str]) -> int:
     Its output is passed on, because that tells when the last process has gone: MLflow starts another one,
     and only with the last holder of the pipe does the output end.
     """
+    mark = uuid.uuid4().hex
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        env=os.environ | {MARK: mark},
     )
-    gone = threading.Event()
+    first = psutil.Process(server.pid)
     for wait in (_wait_for_stdin, server.wait):
-        threading.Thread(target=_end_after, args=(wait, server.pid, gone), daemon=True).start()
+        threading.Thread(target=_end_after, args=(wait, first, mark), daemon=True).start()
     while part := os.read(server.stdout.fileno(), 65536):
         with contextlib.suppress(OSError):  # a full disk costs lines of the log, not the supervision
             os.write(1, part)
-    gone.set()
     return server.wait()
 
 
@@ -164,12 +219,17 @@ def _wait_for_stdin() -> None:
         pass
 
 
-def _end_after(wait: Callable[[], object], group: int, gone: threading.Event) -> None:
+def _end_after(wait: Callable[[], object], first: psutil.Process, mark: str) -> None:
     wait()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGTERM)
-        if not gone.wait(STOP_SECONDS):
-            os.killpg(group, signal.SIGKILL)
+    end([first, *_marked(mark)])
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    """A server's processes by their environment: once the first has gone, no tree holds its children."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                yield process
 
 
 if __name__ == "__main__":

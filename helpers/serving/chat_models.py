@@ -36,6 +36,19 @@ class ServedModel:
         return f"{self.name}/{self.version}" if self.version else self.name
 
 
+class ContextLengthError(ValueError):
+    """A prompt and an answer that do not fit the model together, as OpenAI's API words and marks it."""
+
+    code, param = "context_length_exceeded", "messages"
+
+    def __init__(self, read: int, written: int, context: int):
+        super().__init__(
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{read + written} tokens ({read} in the messages, {written} in max_tokens). "
+            "Shorten the messages, or ask for fewer max_tokens."
+        )
+
+
 def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
     """Load a model from the registry, or from any other URI that MLflow knows.
 
@@ -84,7 +97,19 @@ class OnnxChat:
 
     def start(self, messages: list[dict], params: dict) -> Any:
         """Begin an answer. Raises ValueError for what the model cannot do, such as too long a prompt."""
-        return self._wrapper.generate([self._wrapper.encode_messages(messages)], params)[0]
+        ids = self._wrapper.encode_messages(messages)
+        try:
+            return self._wrapper.generate([ids], params)[0]
+        except ValueError:
+            self._refuse_too_long(len(ids), params)
+            raise
+
+    def _refuse_too_long(self, read: int, params: dict) -> None:
+        """Say so to an OpenAI client, if that is what was refused. A class of your own need not know it."""
+        with contextlib.suppress(AttributeError):
+            written = params.get("max_new_tokens") or self._wrapper.check_params({})["max_new_tokens"]
+            if read + written > (context := self._wrapper.context_length):
+                raise ContextLengthError(read, written, context) from None
 
 
 class TransformersChat:
@@ -110,10 +135,7 @@ class TransformersChat:
         ids = self.encode_messages(messages)
         context = self.model.config.get_text_config().max_position_embeddings
         if len(ids) + params["max_new_tokens"] > context:
-            raise ValueError(
-                f"The prompt has {len(ids)} tokens and the answer may have {params['max_new_tokens']}; "
-                f"together they must not exceed the model's {context}."
-            )
+            raise ContextLengthError(len(ids), params["max_new_tokens"], context)
         return PipelineCompletion(self, ids, params)
 
     def encode_messages(self, messages: list[dict]) -> list[int]:

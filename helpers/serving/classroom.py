@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ def serve(folder: Path, *, host: str, port: int, **options) -> None:
     """Run the server until Ctrl-C or SIGTERM. Arguments and errors are those of `running`."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if not binaries():
+        if not binaries() and hasattr(os, "geteuid"):
             install()
         with running(folder, host=host, port=port, **options) as uri:
             print(_instructions(uri, folder, host), flush=True)
@@ -74,6 +73,8 @@ def running(
     """
     from filelock import FileLock, Timeout
 
+    if not hasattr(os, "geteuid"):
+        raise RuntimeError("The classroom needs Linux or macOS: its database listens on a Unix socket.")
     names = _names(host, allowed_hosts)
     if workers < 1:
         raise ValueError(f"workers={workers} is less than 1. Two for each core is plenty.")
@@ -258,11 +259,10 @@ def _is_loopback(host: str) -> bool:
 
 def _check_free(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except (OSError, OverflowError) as error:
+        background.refuse_if_taken(port, host)
+    except RuntimeError:
         raise RuntimeError(
-            f"MLflow cannot listen on {host}, port {port} ({error}). "
+            f"MLflow cannot listen on port {port} of {host}: another program has it in use. "
             'Choose another: make classroom PARAMS="--port 5050"'
         ) from None
 

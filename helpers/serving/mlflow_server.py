@@ -10,14 +10,14 @@ from helpers.serving import background
 
 
 def serve(
-    model_uri: str, *, port: int | None = None, timeout: int = 60, startup_timeout: float = 300
+    model_uri: str, *, port: int | None = None, timeout: int = 600, startup_timeout: float = 300
 ) -> AbstractContextManager[str]:
     """Start `mlflow models serve` for a model and end it with the block, whatever happens in it.
 
     Args:
         model_uri: such as `models:/slm-onnx@champion`; looked up in the tracking store of this process.
         port: of 127.0.0.1; None takes a free one.
-        timeout: seconds after which the server answers a request with 504.
+        timeout: seconds after which the server answers a request with 504; MLflow's own default is 60.
         startup_timeout: seconds until the server must be healthy.
     Yields:
         The server's URL; `/invocations`, `/ping`, `/health` and `/version` are there.

@@ -6,17 +6,19 @@ an answer that looks right but did not do what was asked is worse than an error.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, from_json
 
 
 class ApiError(Exception):
     """An answer in OpenAI's error shape."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
@@ -35,15 +37,25 @@ class TextPart(_Fields):
     text: str
 
 
+def _listed(value: Any) -> list:
+    """A list where a text may stand for one: pydantic's errors for a union name a branch, not the mistake."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("text_or_list", "Input should be a text or a list")
+    return [value] if isinstance(value, str) else value
+
+
+def _parts(content: Any) -> list:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else _listed(content)
+
+
 class Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_parts)]
 
     def plain(self) -> dict:
         """As the model's template takes it: a role it knows, a text."""
         role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": role, "content": text}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class JsonSchema(_Fields):
@@ -57,7 +69,7 @@ class ResponseFormat(_Fields):
 
 
 class StreamOptions(_Fields):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
@@ -75,7 +87,7 @@ class ChatRequest(_Fields):
     top_k: int | None = Field(None, ge=0)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: Annotated[list[StopText], Field(max_length=4), BeforeValidator(_listed)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -89,7 +101,7 @@ class ChatRequest(_Fields):
             "top_k": self.top_k,
             "repetition_penalty": self.repetition_penalty,
             "seed": None if self.seed is None else self.seed % 2**31,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+            "stop": self.stop,
             "json_schema": self._schema(),
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -107,21 +119,36 @@ class ChatRequest(_Fields):
 
 
 # Fields that change no answer here, and may so be accepted whatever they hold.
-WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+# Of other fields that are not honoured, the values that ask for nothing. `null` asks for nothing in every
+# field, and in one that is not here so do `false`, 0 and empty ones.
+NEUTRAL = {
+    "n": (1,),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),  # an empty object asks for a search
+}
+# What pydantic says of Python's types, in JSON's words.
+WORDS = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
 
 
 def parse(body: bytes) -> ChatRequest:
     """Read and check a request's body. Raises ApiError 400, which names the field."""
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise ApiError(400, f"The body is not valid JSON: {_reason(body, error)}.", "invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body is not a JSON object.")
-    known = ChatRequest.model_fields.keys() | WITHOUT_EFFECT
-    if fields.get("n") not in (None, 1) or isinstance(fields.get("n"), bool):
-        raise ApiError(400, "n must be 1: this server gives one answer to a request.", param="n")
-    _refuse_unknown(fields, known | {"n"})
+    _refuse_unknown(fields, ChatRequest.model_fields.keys() | WITHOUT_EFFECT)
     messages = fields.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else []):
         _refuse_unsupported_message(message, f"messages.{index}")
@@ -130,15 +157,34 @@ def parse(body: bytes) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {first['msg']}.", param=where) from None
+        raise ApiError(400, f"{where}: {WORDS.get(first['type'], first['msg'])}.", param=where) from None
+
+
+def _reason(body: bytes, error: ValueError) -> str:
+    if not body.strip():
+        return "it is empty"
+    if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
+        return f"it is in {encoding}, and JSON is sent in UTF-8"
+    with contextlib.suppress(ValueError):
+        from_json(body)
+        return "it holds NaN or Infinity, which JSON does not know"
+    return str(error)
 
 
 def _refuse_unknown(fields: dict, known: set[str], where: str = "") -> None:
-    """Raise for a field that would be ignored; `null`, `false`, 0 and empty ones ask for nothing."""
+    """Raise for a field that would be ignored, unless it asks for nothing."""
     for name, value in fields.items():
-        if value and name not in known:
-            name = f"{where}{name}"[:100]
-            raise ApiError(400, f"{name} is not supported by this server. Leave it out.", param=name)
+        if value is None or name in known:
+            continue
+        if name in NEUTRAL:
+            # Python takes True for 1, and JSON does not.
+            asks = not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name])
+        else:
+            asks = bool(value)
+        if asks:
+            accepted = " or ".join(map(json.dumps, NEUTRAL.get(name, ())))
+            name, but = f"{where}{name}"[:100], f", except {accepted}" if accepted else ""
+            raise ApiError(400, f"{name} is not supported by this server{but}. Leave it out.", param=name)
 
 
 def _refuse_unsupported_message(message: Any, where: str) -> None:

@@ -47,6 +47,7 @@ log = logging.getLogger("helpers.serving")
 API_KEY = "OPENAI_SERVER_API_KEY"
 RETRY_SECONDS = 2
 BODY_SECONDS = 30  # for a request's body; uvicorn (0.54) sets no limit for what comes before it
+DROP_BYTES = 250_000_000  # of a refused body that are read on and dropped
 FAREWELL_SECONDS = 2  # between the last word to those who wait at the end of the grace, and the cut
 disable_created_metrics()
 
@@ -109,6 +110,7 @@ class Front:
                 request, ApiError(error.status_code, f"{error.detail}."), error.headers
             )
         )
+        app.add_middleware(_UnreadBodies)
         app.add_middleware(_RequestIds, metrics=self.metrics)
         return app
 
@@ -187,13 +189,15 @@ class Front:
         kind = request.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":  # which no web page may send unasked
             raise ApiError(415, f"The content type is {kind[:100]!r}, not application/json.")
-        body = bytearray()
+        body, too_long = bytearray(), ApiError(413, f"The body is longer than {self.max_body} bytes.")
+        if int(request.headers.get("content-length", 0)) > self.max_body:
+            raise too_long
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     body += part
                     if len(body) > self.max_body:
-                        raise ApiError(413, f"The body is longer than {self.max_body} bytes.")
+                        raise too_long
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} s.") from None
         except ClientDisconnect:
@@ -277,6 +281,48 @@ def _error_response(request: Request, error: ApiError, headers: Mapping[str, str
     if error.status in (429, 503):
         headers = {"Retry-After": str(RETRY_SECONDS)}
     return JSONResponse(error.body(), error.status, headers)
+
+
+class _UnreadBodies:
+    """Reads on and drops what is left of a request's body when its answer, a refusal, is already there.
+
+    A server that closes a connection on which the client still sends resets it, and the client may never see
+    the answer. So the answer goes out whole, and its end follows when the body has ended, or after DROP_BYTES
+    or BODY_SECONDS of it.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", []))
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+        async def receive_and_note() -> StarletteMessage:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def send_and_drop(message: StarletteMessage) -> None:
+            if unread and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            elif unread and not message.get("more_body"):
+                await send(message | {"more_body": True})
+                await _drop_body(receive)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self.app(scope, receive_and_note, send_and_drop)
+
+
+async def _drop_body(receive: Receive) -> None:
+    dropped = 0
+    # Cancelled is who still waits when the server is cut off.
+    with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(BODY_SECONDS):
+            while dropped < DROP_BYTES and (message := await receive()).get("more_body"):
+                dropped += len(message["body"])
 
 
 class _RequestIds:

@@ -32,7 +32,8 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 @dataclass
 class Answer:
     """One request in the worker. Its events are ("started",), ("text", piece), ("end", usage, finish_reason)
-    or ("error", status, message); one of the last two comes, once."""
+    or ("error", status, message) with a code and a parameter, where there are any; one of the last two comes,
+    once."""
 
     id: str
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
@@ -196,7 +197,9 @@ class _Desk:
             completion = self._running[request_id] = self._model.start(messages, params)
         except Exception as error:
             self._trace(call, error=error)
-            if isinstance(error, ValueError):
+            if isinstance(error, chat_models.ContextLengthError):
+                self._send(request_id, "error", 400, str(error), error.code, error.param)
+            elif isinstance(error, ValueError):
                 self._send(request_id, "error", 400, str(error))
             else:
                 self._fail(request_id, error)

@@ -51,6 +51,7 @@ def printed(place: Path, notebook: str) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", families.SILENT])
 def test_both_notebooks_run_to_their_end(family, build, place):
     for notebook in ("01", "02"):
@@ -59,6 +60,7 @@ def test_both_notebooks_run_to_their_end(family, build, place):
         assert "✗" not in printed(place, notebook)
 
 
+@pytest.mark.models
 def test_notebook_01_runs_with_a_model_that_cannot_be_converted_and_02_is_refused_at_once(build, place):
     folder = build("gemma3_text")
     assert run("01", folder, place).returncode == 0

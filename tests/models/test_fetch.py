@@ -344,6 +344,7 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, tiny_phi3_ch
         fetch.check_prompt(folder, catalog.find(str(folder)), "Hi", 8)
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(("notebook", "name"), [("01", "question"), ("02", "prompt")])
 def test_a_prompt_that_is_too_long_ends_a_run_before_it_starts(notebook, name, tmp_path: Path):
     given = ["-p", "model", "tiny-phi3", "-p", name, "word " * 5000, "--output", str(tmp_path)]

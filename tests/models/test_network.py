@@ -37,6 +37,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(("name", "value", "sentence"), FAULTS)
 def test_fetching_from_the_hub_names_the_variable_that_is_wrong(name, value, sentence, tmp_path):
     given = {
@@ -55,6 +56,7 @@ def test_fetching_from_the_hub_names_the_variable_that_is_wrong(name, value, sen
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [

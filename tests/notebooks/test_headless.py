@@ -259,6 +259,7 @@ def executed(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "page.ipynb", folder / "out"
 
 
+@pytest.mark.kernel
 def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(executed, tmp_path):
     source, out = executed
     shutil.copytree(out, tmp_path / "moved")
@@ -270,12 +271,14 @@ def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(exec
     assert "another text" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.kernel
 def test_a_kernels_messages_are_encrypted_and_it_warns_of_nothing(executed, tmp_path, capfd):
     source, _ = executed
     notebooks.run({source: {}}, tmp_path)
     assert "WARNING" not in capfd.readouterr().err
 
 
+@pytest.mark.kernel
 def test_what_a_failed_run_left_is_written_over(executed, tmp_path):
     source, _ = executed
     book = nbformat.read(source, as_version=4)
@@ -288,6 +291,7 @@ def test_what_a_failed_run_left_is_written_over(executed, tmp_path):
     assert printed(tmp_path / "out" / source.name) == "a run\n"
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -344,6 +348,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, o
     assert (tmp_path / "a file").read_text() == "mine"
 
 
+@pytest.mark.kernel
 def test_a_long_folder_for_temporary_files_is_no_obstacle(executed, tmp_path, monkeypatch):
     long = tmp_path / ("a job of the scheduler, " * 5).strip()
     long.mkdir()

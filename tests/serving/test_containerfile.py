@@ -1,11 +1,9 @@
 """The container context is complete and safe; its commands run here, outside a container."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ import urllib.request
 
 import mlflow
 import pandas as pd
+import psutil
 import pytest
 
 from helpers.serving import background, containerfile
@@ -141,7 +140,8 @@ def test_its_commands_outside_a_container_install_serve_and_stop(context, image)
     env = os.environ | settings(dockerfile) | {"UVICORN_HOST": "127.0.0.1"}
     env["PATH"] = f"{image}{os.pathsep}{env['PATH']}"
 
-    server = subprocess.Popen(entry, env=env, start_new_session=True)
+    server = subprocess.Popen(entry, env=env)
+    root = psutil.Process(server.pid)
     try:
         deadline = time.monotonic() + 600
         while subprocess.run(check, env=env, capture_output=True).returncode:
@@ -157,7 +157,6 @@ def test_its_commands_outside_a_container_install_serve_and_stop(context, image)
         server.terminate()
         assert server.wait(timeout=300) == 0
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
+        background.end([root], seconds=0)
     champion = mlflow.pyfunc.load_model(CHAMPION)
     assert served == champion.predict(pd.DataFrame(PROMPTS), params={"max_new_tokens": 9})

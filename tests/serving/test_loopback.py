@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import httpx
 import nbformat
 import psutil
 import pytest
-from serving_support import connected, left
+from serving_support import connected
 
 from helpers.environment import ROOT
 from helpers.serving import background, mlflow_server, openai_server
@@ -24,6 +23,28 @@ from helpers.workshop import notebooks
 pytestmark = pytest.mark.server
 
 LOOPBACK = {"127.0.0.1", "::1"}
+
+
+# What a shell may say of proxies and certificates; nobody listens on port 9.
+SHELLS = {
+    "a SOCKS proxy": {"ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "socks5://127.0.0.1:9"},
+    "a proxy of no known kind": {"http_proxy": "carrier-pigeon://127.0.0.1:9"},
+    "dead proxies": {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"},
+    "proxies but for one name": {"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.10, example.org"},
+    "no certificates": {"SSL_CERT_FILE": "/nonexistent", "REQUESTS_CA_BUNDLE": "/nonexistent"},
+}
+ASK = """
+import json, os, sys
+import nbformat
+book = nbformat.read({path!r}, as_version=4)
+cells = {{cell.id: cell.source for cell in book.cells}}
+exec(cells["cell-01"].replace("%matplotlib inline", ""))
+serve, prompt, max_new_tokens = True, "What is the capital of Spain?", 12
+table_of_prompts = pd.DataFrame({{"prompt": [prompt]}})
+tracking.connect(os.environ["MLFLOW_TRACKING_URI"], "models")
+exec(cells["cell-49"])
+exec(cells["cell-52"])
+"""
 
 
 def listening(root: psutil.Process) -> list[tuple[str, int]]:
@@ -46,21 +67,16 @@ def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-    family = []
     try:
         deadline = time.monotonic() + 600
         while not answers(url):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline, f"{url} never answered"
             time.sleep(0.2)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        yield family[0]
+        yield psutil.Process(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        for member in left(family):
-            member.kill()
+        background.end([psutil.Process(process.pid)], seconds=5)
         process.communicate()
 
 
@@ -148,3 +164,36 @@ def test_the_kernel_of_a_headless_run_listens_on_this_machine_only(tmp_path):
     heard = set(json.loads(executed.cells[-1].outputs[0].text))
     assert heard
     assert heard <= LOOPBACK
+
+
+@pytest.mark.parametrize("shell", SHELLS.values(), ids=SHELLS)
+def test_the_notebook_asks_its_servers_past_what_the_shell_says_of_proxies_and_certificates(
+    tiny_uri, store, shell
+):
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle")
+    own = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
+    code = ASK.format(path=str(notebooks.NOTEBOOKS["02"]))
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=own | shell | {"MLFLOW_TRACKING_URI": store},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "{'predictions': [" in shown.stdout
+    assert "'completion_tokens': " in shown.stdout
+
+
+@pytest.mark.parametrize("before", ["", "example.org", "127.0.0.10", "localhost", "*", "a, b"])
+def test_no_proxy_names_this_machine_and_keeps_what_was_there(before):
+    code = "import helpers, os; print(os.environ['no_proxy'], os.environ['NO_PROXY'])"
+    own = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=own | {"NO_PROXY": before}, cwd=ROOT, capture_output=True, text=True
+    )
+    lower, upper = shown.stdout.split()
+    assert lower == upper
+    names = lower.split(",")
+    assert names == ["*"] if before == "*" else {"127.0.0.1", "localhost", "::1"} <= set(names)
+    assert {name.strip() for name in before.split(",") if name} <= set(names)

@@ -1,6 +1,7 @@
 """MLflow's own server lives exactly as long as the block that started it."""
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -8,12 +9,15 @@ import subprocess
 import sys
 
 import mlflow
+import nbformat
+import pandas as pd
 import psutil
 import pytest
 import requests
 from serving_support import connected, left
 
 from helpers.serving import mlflow_server
+from helpers.workshop import notebooks
 
 pytestmark = pytest.mark.server
 
@@ -114,3 +118,43 @@ def test_a_server_that_is_too_slow_is_ended(model_uri):
     with pytest.raises(RuntimeError, match=r"was not healthy within 0\.5 s"):
         start()
     assert set(psutil.Process().children(recursive=True)) <= set(others)
+
+
+@pytest.mark.parametrize(("notebook", "cell"), [("01", "cell-33"), ("02", "cell-49")])
+def test_a_request_over_its_time_is_shown_as_the_504_that_it_is(
+    store, transformers_uri, tiny_uri, monkeypatch, notebook, cell
+):
+    """The notebooks' own lines; the server gets a second, and so many rows that no machine answers in it."""
+    (source,) = [
+        each.source for each in nbformat.read(notebooks.NOTEBOOKS[notebook], 4).cells if each.id == cell
+    ]
+    long = {"role": "user", "content": "Count to 49."}
+    names = {
+        "serve": True,
+        "requests": requests,
+        "mlflow_server": mlflow_server,
+        "max_new_tokens": 1000,
+        "messages": [long],
+        "table_of_prompts": pd.DataFrame(
+            {"prompt": ["<|user|>\nCount to 49.<|end|>\n<|assistant|>\n"] * 200}
+        ),
+    }
+    monkeypatch.setattr(mlflow_server, "serve", functools.partial(mlflow_server.serve, timeout=1))
+    source = source.replace("timeout=seconds)", "timeout=1)").replace("] * 2}", "] * 50}")
+    source = source.replace('{"max_new_tokens": 24, "stop": ["."]}', '{"max_new_tokens": 1000}')
+    with connected(store):
+        version = transformers_uri.rpartition("/")[2]
+        mlflow.MlflowClient().set_registered_model_alias("slm-transformers", "candidate", version)
+        with pytest.raises(AssertionError, match="504: Request processing time exceeded limit"):
+            exec(source, names)  # noqa: S102
+
+
+def test_the_notebook_s_server_gives_every_token_that_may_be_asked_for_its_time():
+    """170 tokens in a minute were measured for Phi-3-mini on two cores; 4,096 may be asked for, twice."""
+    cells = nbformat.read(notebooks.NOTEBOOKS["01"], 4).cells
+    (source,) = [cell.source for cell in cells if cell.id == "cell-33"]
+    (line,) = [line.strip() for line in source.splitlines() if line.strip().startswith("seconds = ")]
+    for max_new_tokens in (1, 64, 4096):
+        names = {"max_new_tokens": max_new_tokens}
+        exec(line, names)  # noqa: S102
+        assert names["seconds"] > 2 * max_new_tokens * 60 / 170

@@ -1,13 +1,19 @@
 """The OpenAI endpoint, as the official client and as hostile clients see it: real servers, real models."""
 
+import codecs
+import contextlib
 import http.client
+import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -21,6 +27,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.resources.chat.completions import Completions
 from serving_support import SYSTEM_MESSAGE, connected, left
 
 from helpers.environment import ROOT
@@ -364,11 +371,127 @@ def test_what_is_not_supported_is_refused_by_name(tiny, options, param):
 @pytest.mark.key
 def test_options_that_ask_for_nothing_are_accepted(tiny):
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "anna"}
+    neutral |= {"tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"], "tools": []}
     assert tiny.ask(max_tokens=1, **neutral).choices[0].finish_reason == "length"
 
 
 def body(**changes) -> dict:
     return {"model": "slm-onnx", "messages": QUESTION, "max_tokens": 4} | changes
+
+
+# What the fields of OpenAI's client may hold without asking for anything that this server has not.
+NEUTRAL = {
+    "frequency_penalty": [0, 0.0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "metadata": [{}, {"team": "sales"}],
+    "modalities": [["text"]],
+    "n": [1],
+    "parallel_tool_calls": [True, False],
+    "presence_penalty": [0],
+    "prompt_cache_key": ["chats"],
+    "prompt_cache_options": [{"mode": "implicit"}],
+    "prompt_cache_retention": ["in_memory", "24h"],
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "safety_identifier": ["5f3a"],
+    "service_tier": ["auto", "default"],
+    "stop": [[]],
+    "store": [True, False],
+    "stream": [False],
+    "stream_options": [{}, {"include_usage": None}, {"include_usage": False}],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "user": ["anna"],
+    "verbosity": ["medium"],
+}
+ASKING = {
+    "audio": [{"voice": "alloy", "format": "mp3"}],
+    "frequency_penalty": [0.1, -0.1],
+    "function_call": [{"name": "weather"}],
+    "functions": [[{"name": "weather"}]],
+    "logit_bias": [{"50256": -100}],
+    "logprobs": [True],
+    "modalities": [["text", "audio"]],
+    "moderation": [{"model": "omni-moderation-latest"}],
+    "n": [0, 2, True],
+    "prediction": [{"type": "content", "content": "Madrid"}],
+    "presence_penalty": [2],
+    "reasoning_effort": ["low"],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "weather"}}],
+    "tools": [[TOOL]],
+    "top_logprobs": [1],
+    "verbosity": ["low"],
+    "web_search_options": [{}],
+}
+OF_THE_CLIENT = set(inspect.signature(Completions.create).parameters) - {
+    *("self", "model", "messages", "timeout", "extra_headers", "extra_query", "extra_body")
+}
+
+
+def pairs(table: dict) -> list[tuple]:
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*pairs(NEUTRAL), *((name, None) for name in sorted(OF_THE_CLIENT))]
+)
+def test_a_value_that_asks_for_nothing_changes_nothing(name, value):
+    plain = parse(json.dumps(body()).encode()).params()
+    without = {other: asked for other, asked in plain.items() if name != "max_tokens"}
+    asked = parse(json.dumps(body(**{name: value})).encode()).params()
+    assert {other: given for other, given in asked.items() if given != []} == without
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(ASKING))
+def test_a_value_that_asks_for_what_cannot_be_done_is_refused_by_name(name, value):
+    with pytest.raises(ApiError, match=rf"^{name} is not supported by this server.*\.$") as caught:
+        parse(json.dumps(body(**{name: value})).encode())
+    assert (caught.value.status, caught.value.param) == (400, name)
+
+
+def test_every_field_of_the_client_is_known():
+    honoured = ChatRequest.model_fields.keys()
+    assert NEUTRAL.keys() | ASKING.keys() | honoured >= OF_THE_CLIENT
+
+
+MISTAKES = [
+    (body(stop=list("abcde")), "stop", "at most 4 items"),
+    (body(stop=5), "stop", "a text or a list"),
+    (body(stop=["a", 5]), "stop.1", "a valid string"),
+    (body(messages=[{"role": "user", "content": 5}]), "messages.0.content", "a text or a list"),
+    (body(messages=[{"role": "user", "content": ["a"]}]), "messages.0.content.0", "an object"),
+    (
+        body(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+        "messages.0.content.0.text",
+        "required",
+    ),
+    (body(messages="Hello"), "messages", "a valid list"),
+    (body(messages=["Hello"]), "messages.0", "an object"),
+    (body(response_format="text"), "response_format", "an object"),
+    (body(temperature="hot"), "temperature", "a valid number"),
+    (b"", None, "it is empty"),
+    (b'{"temperature": NaN}', None, "NaN or Infinity"),
+    (json.dumps(body()).encode("utf-16"), None, "it is in utf-16"),
+    (json.dumps(body()).encode("utf-32-le"), None, "it is in utf-32-le"),
+    (b"[]", None, "not a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("bad", "param", "says"), MISTAKES)
+def test_a_mistake_is_named_as_what_it_is(bad, param, says):
+    with pytest.raises(ApiError) as caught:
+        parse(bad if isinstance(bad, bytes) else json.dumps(bad).encode())
+    assert caught.value.param == param
+    assert says in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("constrained", "TextPart", "Message", "dictionary"))
+
+
+def test_a_byte_order_mark_is_no_mistake():
+    assert parse(codecs.BOM_UTF8 + json.dumps(body()).encode()).max_tokens == 4
 
 
 BAD_BODIES = {
@@ -429,6 +552,105 @@ def test_whatever_json_a_body_holds_it_is_a_request_or_a_refusal(fields):
 
     outcome = names_or_status()
     assert outcome <= set(onnx_chat_model.DEFAULT_PARAMS) if isinstance(outcome, set) else outcome == 400
+
+
+@pytest.mark.parametrize(
+    "options", [{"messages": 9000 * "joke "}, {"max_tokens": 10**9}, {"max_tokens": 4096}]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_over_the_context_is_refused_as_openai_does(tiny, transformers, options, stream):
+    for server in (tiny, transformers):
+        messages = [{"role": "user", "content": options.get("messages", "Hello")}]
+        with pytest.raises(openai.BadRequestError, match=r"maximum context length is \d+ tokens") as caught:
+            server.ask(messages, stream=stream, max_tokens=options.get("max_tokens", 5))
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+        assert "max_tokens" in str(caught.value)
+        assert not any(word in str(caught.value) for word in ("max_new_tokens", "prompt 0"))
+
+
+def refused_upload(server: Server, size: int, *options: str) -> tuple[int, dict]:
+    """Exit code and answer of a curl that sends a body which is too long."""
+    command = ["curl", "--silent", "--show-error", "--data-binary", "@-", *options]
+    command += [] if "Content-Type:" in "".join(options) else ["--header", "Content-Type: application/json"]
+    sent = subprocess.run(
+        [*command, f"{server.url}/v1/chat/completions"], input=bytes(size), capture_output=True
+    )
+    return sent.returncode, json.loads(sent.stdout)["error"]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize(
+    "header", ["X-Nothing: 1", "Expect:", "Connection: close", "Transfer-Encoding: chunked"]
+)
+def test_curl_shows_why_a_long_body_is_refused(tiny, guarded, header):
+    for server, says in ((tiny, "is longer than 1000000 bytes"), (guarded, "API key is missing or wrong")):
+        code, error = refused_upload(server, 30_000_000, "--header", header)
+        assert code == 0
+        assert says in error["message"]
+
+
+def test_openais_client_shows_why_a_long_body_is_refused(tiny):
+    with pytest.raises(openai.APIStatusError, match="is longer than 1000000 bytes") as caught:
+        tiny.ask([{"role": "user", "content": "a" * 30_000_000}])
+    assert caught.value.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/v1/chat/completions", {}, 413),
+        ("POST", "/v1/chat/completions", {"Authorization": "Bearer wrong"}, 401),
+        ("POST", "/v1/chat/completions", {"Content-Type": "text/plain"}, 415),
+        ("POST", "/nowhere", {}, 404),
+        ("POST", "/v1/models", {}, 405),
+        ("GET", "/health", {}, 200),
+    ],
+)
+def test_a_client_that_closes_after_one_answer_gets_it_while_it_still_sends(
+    guarded, method, path, headers, status
+):
+    """Python's own client says `Connection: close`, and reads only when all is sent."""
+    known = {"Content-Type": "application/json", "Authorization": f"Bearer {guarded.key}"}
+    asked = urllib.request.Request(f"{guarded.url}{path}", bytes(30_000_000), known | headers, method=method)
+    try:
+        reply = urllib.request.urlopen(asked, timeout=60)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        assert reply.status == status
+        assert reply.headers["connection"] == "close"
+
+
+def send_until_cut_off(connection: socket.socket, piece: bytes, pause: float, most: int) -> int:
+    """How many bytes the server took before it closed the connection."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < most:
+            sent += connection.send(piece)
+            time.sleep(pause)
+    return sent
+
+
+@pytest.mark.parametrize("length", [30_000_000, 30_000])
+def test_who_sends_slowly_gets_an_answer_and_no_more_time(tiny, length):
+    with closing(tiny.connect(b"{", length)) as connection:
+        assert send_until_cut_off(connection, bytes(10), 0.1, most=3000) < 3000
+        assert is_openai_error(reply_on(connection), 413 if length > 1_000_000 else 408)
+
+
+def test_a_body_without_an_end_is_cut_off(tiny):
+    with closing(tiny.connect(b"{", length=10**12)) as connection:
+        assert send_until_cut_off(connection, bytes(1_000_000), 0, most=10**9) < 10**9
+
+
+def test_an_answer_comes_before_the_body_if_the_client_waits_for_leave_to_send_it(tiny):
+    port = int(tiny.url.rpartition(":")[2])
+    head = f"Host: localhost:{port}\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\n{head}Content-Length: 2000000\r\n\r\n".encode()
+        )
+        assert is_openai_error(reply_on(connection), 413)  # and no `100 Continue` before
 
 
 @pytest.mark.key

@@ -322,6 +322,7 @@ def test_what_a_store_takes_what_moved_and_what_is_gone_is_told(clone, store):
     assert "rm -rf" in text
 
 
+@pytest.mark.environment
 def test_a_deleted_experiment_a_newer_mlflow_and_damage_are_noticed(clone, set_up, store):
     file = store / "mlflow.db"
     uri = f"sqlite:///{file}"

@@ -81,7 +81,6 @@ def test_a_console_that_cannot_show_a_character_stops_nothing(words, console):
 
 
 @pytest.mark.kernel
-@pytest.mark.slow
 def test_notebook_02_runs_where_utf_8_is_not_the_default(tmp_path):
     given = {"model": "tiny-phi3", "serve": False, "max_new_tokens": 9}
     given["tracking_uri"] = f"sqlite:///{tmp_path}/mlflow.db"

@@ -12,7 +12,6 @@ import pytest
 
 from helpers.models import catalog, export, fetch
 
-pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 

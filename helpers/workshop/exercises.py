@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import runpy
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.workshop import notebooks
 from helpers.workshop.checking import NotChecked, Wrong, call, exercise, of_type, short
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import ActiveRun
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.pyfunc import PyFuncModel
+    from mlflow.pyfunc import PyFuncModel, PythonModel, PythonModelContext
     from transformers import TextGenerationPipeline
 
     from helpers.models.catalog import Model
@@ -183,35 +188,55 @@ def check_slowest(slowest: str, version: ModelVersion) -> str:
     return f"{took[slowest]} ms, the longest of {len(took)} traces."
 
 
-@exercise("2.1", "A call's `params` may name texts at which the answer ends: {'stop': [mark]}.")
-def check_ask_until(
-    ask_until: Callable[[str, str], str], loaded: PyFuncModel, wrapper: Phi3Model, chosen: Model
-) -> str:
-    """The answer ends before the mark, because the model stops there."""
-    for question in ("Tell me about Spain.", "What is the capital of Italy?"):
-        whole = loaded.predict({"prompt": wrapper.apply_chat_template(chosen.messages(question))})[0]
-        if not whole:
-            raise NotChecked("the model's answer is empty; take a model that answers.")
-        inside = [mark for mark in (".", ",") if 0 < whole.find(mark) < len(whole) - 1]
-        mark = inside[0] if inside else whole[len(whole) // 2]
-        sentence = whole.partition(mark)[0]
-        with _calls(wrapper) as calls:
-            text = call(ask_until, question, mark)
-        of_type(str, text, "what `ask_until` returned", "predict returns a list; its item is the text.")
-        if text == whole:
-            raise Wrong(f"the answer goes on after {mark!r}: {short(text)}.")
-        if text != sentence:
-            raise Wrong(
-                f"for {question!r} and {mark!r} it returned {short(text)}, not {short(sentence)}.",
-                "Ask `loaded` with the prompt of chosen.messages(question), and add nothing to the text.",
-            )
-        if wasted := [row for rows in calls for row in rows if row.text != sentence]:
-            raise Wrong(
-                f"the text is right, but the model wrote {wasted[0].completion_tokens} tokens and your code "
-                "threw some away.",
-                "Let the model stop by itself: params={'stop': [mark]}.",
-            )
-    return "the model stops where the mark would come, and writes no token more."
+@exercise(
+    "2.1",
+    "Copy the cell with %%writefile, let it write the file that `better_model` names, and give the class "
+    "params={'stop': [...]}, params={'seed': ...} or `predict_stream`.",
+)
+def check_better_model(better_model: str, onnx_folder: Path) -> str:
+    """The class in the file answers as before, and has a stop text, a seed or a stream besides."""
+    import pandas as pd
+    from mlflow.pyfunc import PythonModel, PythonModelContext
+
+    context = PythonModelContext({"phi3-mini-onnx": str(onnx_folder)}, {})
+    model, table = _model_in(better_model, context), pd.DataFrame({"prompt": ["Once upon a time, a robot"]})
+
+    def ask(**params: object) -> str:
+        answers = call(model.predict, context, table, *([params] if params else []))
+        of_type(list, answers, "what `predict` returned", "Return a list with one answer for each row.")
+        return answers[0]
+
+    whole = ask()
+    of_type(str, whole, "the first answer of `predict`", "tokenizer.decode(…) makes text of tokens.")
+    if len(whole) < 8:
+        raise NotChecked(f"the model's answer is {short(whole)}; take a model that says more.")
+    if ask() != whole:
+        raise Wrong(
+            "without `params`, two calls gave two answers.",
+            "Sample only when `params` has a seed: do_sample=seed is not None.",
+        )
+    trials = []
+    if type(model).predict_stream is not PythonModel.predict_stream:
+        trials.append(lambda: _try_stream(model, context, table, whole))
+    if "params" in inspect.signature(model.predict).parameters:
+        trials += [lambda: _try_stop(ask, whole), lambda: _try_seed(ask, whole)]
+    if not trials:
+        name = type(model).__name__
+        raise Wrong(f"`{name}` has no `predict_stream`, and its `predict` takes no `params`.")
+    wrongs = []
+    for trial in trials:
+        try:
+            if right := trial():
+                return right
+        except Wrong as wrong:
+            wrongs.append(wrong)
+    if wrongs:
+        raise wrongs[0]
+    raise Wrong(
+        "`predict` takes `params`, but neither params={'stop': [...]} nor params={'seed': ...} changes the "
+        "answer.",
+        "Hand the value on to the method with the loop.",
+    )
 
 
 @exercise("2.2", "One call, one set of params: table.groupby('max_new_tokens') gathers what can share one.")
@@ -366,6 +391,109 @@ def check_smallest(smallest: Callable[[pd.DataFrame, float, float], str], table:
             )
     chosen = smallest(table, evaluation.MAX_DROP, evaluation.MAX_KL)
     return f"of those that pass, {chosen} is the smallest here."
+
+
+def own_file(name: str) -> str:
+    """Where a learner's file goes: `out/` of this project, or a new folder if nothing can be written there.
+
+    The path is relative, so that what `%%writefile` prints names no folder of one machine; papermill and
+    Jupyter start in different folders.
+    """
+    folder = notebooks.ROOT / "out"
+    try:
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="own-file-"))
+    return Path(os.path.relpath(folder / name)).as_posix()
+
+
+def _model_in(path: str, context: PythonModelContext) -> PythonModel:
+    """The model that a learner's file hands to `set_model`, loaded as MLflow would."""
+    from mlflow.pyfunc import PythonModel
+
+    place = "It is the path of your file: exercises.own_file('better_model.py')."
+    if not isinstance(path, str | Path):
+        raise Wrong(f"`better_model` is {short(path)}, and not the path of a file.", place)
+    if not Path(path).is_file():
+        raise Wrong(f"there is no file {str(path)!r}.", 'Write it with %%writefile "{better_model}".')
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise Wrong(
+            f"running the file raised {short(error)}", "Read the file from its first line."
+        ) from error
+    models = {
+        value.__name__: value
+        for value in names.values()
+        if isinstance(value, type) and issubclass(value, PythonModel) and value is not PythonModel
+    }
+    if not models:
+        raise Wrong("the file has no model class.", "Start it with class MyModel(mlflow.pyfunc.PythonModel).")
+    last = list(models)[-1]
+    told = re.findall(r"set_model\((\w+)", Path(path).read_text(encoding="utf-8"))
+    if not told:
+        raise Wrong(
+            "the file does not say which class is the model.",
+            f"End it with mlflow.models.set_model({last}()).",
+        )
+    model = models.get(told[-1], models[last])()
+    try:
+        model.load_context(context)
+    except Exception as error:
+        raise Wrong(f"`load_context` raised {short(error)}") from error
+    return model
+
+
+def _try_stream(model: PythonModel, context: PythonModelContext, table: pd.DataFrame, whole: str) -> str:
+    """Pieces that together are the answer."""
+
+    def predict_stream() -> list[str]:
+        return list(model.predict_stream(context, table))
+
+    pieces = call(predict_stream)
+    inside = "Inside the loop: yield stream.decode(token), with stream = self.tokenizer.create_stream()."
+    for piece in pieces:
+        of_type(str, piece, "a piece of the stream", inside)
+    if len(pieces) < 2:
+        raise Wrong(f"the stream came in {len(pieces)} piece: {short(''.join(pieces))}.", inside)
+    if "".join(pieces).strip() != whole.strip():
+        raise Wrong(
+            f"the pieces make {short(''.join(pieces))}, and `predict` returned {short(whole)}.", inside
+        )
+    return f"a stream of {len(pieces)} pieces, which together are the answer."
+
+
+def _try_stop(ask: Callable[..., str], whole: str) -> str:
+    """Answers that end before a text, within a token or across several; "" if no text is heeded."""
+    middle = len(whole) // 2
+    for mark in (whole[middle], whole[middle : middle + 6]):
+        text, before = ask(stop=[mark]), whole.partition(mark)[0]
+        if text == before:
+            continue
+        if text == whole:
+            if mark == whole[middle]:
+                return ""
+            raise Wrong(
+                f"the answer goes on after {mark!r}, a text of several tokens.",
+                "Look for the stop text in all of the answer so far, not in the last token.",
+            )
+        hint = "Keep what is before the text: answer.partition(stop)[0]."
+        raise Wrong(f"params={{'stop': [{mark!r}]}} gave {short(text)}, not {short(before)}.", hint)
+    return "the answer ends before a stop text, also before one of several tokens."
+
+
+def _try_seed(ask: Callable[..., str], whole: str) -> str:
+    """Equal answers for equal seeds, others for other seeds; "" if no seed is heeded."""
+    said = [ask(seed=seed) for seed in (1, 2, 1, 3)]
+    if set(said) == {whole}:
+        return ""
+    options = "set_search_options(…, do_sample=True, random_seed=seed) samples by a seed."
+    if said[0] != said[2]:
+        raise Wrong(f"seed 1 gave {short(said[0])} and then {short(said[2])}.", options)
+    if len(set(said)) == 1:
+        raise Wrong(f"seeds 1, 2 and 3 all gave {short(said[0])}.", options)
+    return "equal seeds give equal answers, other seeds other ones."
 
 
 def _check_asked(asked: list[tuple[str, str]], version: ModelVersion, question: str) -> None:

@@ -5,8 +5,10 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from helpers.models import onnx_chat_model
 from helpers.models.onnx_chat_model import CONFIG, DEFAULT_PARAMS, Completion, Decoder, Phi3Model
 
 SOURCE = Path(onnx_chat_model.__file__)
+ROOT = SOURCE.parents[2]
 DEFAULT_CONFIG = {name: default for name, (default, *_) in CONFIG.items()}
 SHORT = {"max_new_tokens": 8}
 PROMPTS = ["a", "the model answers", "x y z", "<|user|>\nname three tests<|end|>\n<|assistant|>\n"]
@@ -342,6 +345,38 @@ def test_a_long_stop_text_does_not_hold_up_the_decoder(tiny):
     push(tiny, row, "a quick question.")
     row.close()
     assert row.text == "a quick question."
+
+
+def test_an_empty_answer_is_an_answer(tiny):
+    ends, tiny.eos = tiny.eos, frozenset(range(tiny.vocabulary))
+    try:
+        assert ask(tiny, ["a", "b"]) == ["", ""]
+        assert list(tiny.predict_stream(None, {"prompt": "a"})) == []
+        row = tiny.generate(["a"])[0].result()
+    finally:
+        tiny.eos = ends
+    assert (row.text, row.finish_reason, row.completion_tokens) == ("", "stop", 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux counts for each thread")
+def test_a_caller_who_waits_for_the_whole_answer_is_not_woken_for_every_piece(tiny):
+    import resource
+
+    row, woken = completion(tiny, limit=10_000), []
+
+    def wait() -> None:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        row.result()
+        woken.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
+
+    caller = threading.Thread(target=wait)
+    caller.start()
+    for _ in range(300):
+        row.advance("piece ")
+        time.sleep(0.001)
+    row.close()
+    caller.join(30)
+    assert woken[0] < 100
 
 
 # Parameters
@@ -862,6 +897,28 @@ def test_a_model_works_with_as_many_threads_as_it_is_told(tiny_phi3_onnx):
 def test_batch_limits_do_not_change_greedy_answers(tiny, tiny_phi3_onnx):
     small = load(tiny_phi3_onnx, max_batch_rows=2, max_batch_tokens=40)
     assert ask(small, PROMPTS) == ask(tiny, PROMPTS)
+
+
+def test_a_model_loads_where_text_files_are_not_utf_8(tiny_phi3_onnx, tmp_path):
+    """As under Windows' cp1252, which has no character for five of the bytes."""
+    folder = shutil.copytree(tiny_phi3_onnx, tmp_path / "onnx")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from types import SimpleNamespace\n"
+        "from helpers.models.onnx_chat_model import Phi3Model\n"
+        "assert open(sys.argv[0]).encoding != 'utf-8'\n"
+        "model = Phi3Model()\n"
+        "context = SimpleNamespace(artifacts={'phi3-mini-onnx': sys.argv[1]}, model_config={'threads': 1})\n"
+        "model.load_context(context)\n"
+        "print(len(model.predict(None, {'prompt': 'a'}, {'max_new_tokens': 2})))\n"
+    )
+    (tmp_path / "load.py").write_text(code, encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "load.py"), str(folder)]
+    loaded = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+    assert (loaded.returncode, loaded.stdout.strip()) == (0, "1"), loaded.stderr
 
 
 def test_the_file_stands_alone():

@@ -1,12 +1,14 @@
 """Each student edition runs to its end; there learners go wrong in many ways, and then right."""
 
-import mlflow
+import json
+import shutil
+from pathlib import Path
+
 import nbformat
 import pandas as pd
 import papermill
 import pytest
 
-from helpers.models import catalog
 from helpers.workshop import checking, editions, exercises, notebooks
 
 # What a learner might write, what the check says is wrong, and the hint (each in part).
@@ -15,7 +17,7 @@ FIRST_HINT = {  # while nothing is written
     "1.2": "adds to a finished run",
     "1.3": "Load f'models:/slm-transformers/{number}'",
     "1.4": "`filter_string`, `order_by` and `max_results`",
-    "2.1": "{'stop': [mark]}",
+    "2.1": "Copy the cell with %%writefile",
     "2.2": "table.groupby('max_new_tokens')",
     "2.3": "`stream.close()` ends the work",
     "2.4": "Its type is 'array'",
@@ -40,11 +42,60 @@ _GATE = _MOVE.format(
 )
 _TRACES = "mlflow.search_traces(return_type='list', {})"
 _MINE = "filter_string=f\"tags.model_version = '{version.name}/{version.version}'\""
-_UNTIL = (
-    "def ask_until(question, mark):\n"
-    "    asked = {{'prompt': wrapper.apply_chat_template(chosen.messages(question))}}\n"
-    "    return {}"
+_BETTER = (
+    "better_model = exercises.own_file('attempt.py')\n"
+    "source = Path(my_model).read_text(encoding='utf-8') + '''\n\n{}\n'''\n"
+    "Path(better_model).write_text(source, encoding='utf-8')"
 )
+_CLASS = """class Better(MyModel):
+    {}
+
+    def tokens(self, prompt, **options):
+        ids = self.tokenizer.encode(prompt)
+        search = og.GeneratorParams(self.model)
+        search.set_search_options(max_length=len(ids) + 32, **options)
+        loop = og.Generator(self.model, search)
+        loop.append_tokens(ids)
+        while not loop.is_done():
+            loop.generate_next_token()
+            yield loop.get_next_tokens()[0]
+
+mlflow.models.set_model(Better())"""
+_WITH_PARAMS = """def predict(self, context, model_input, params=None):
+        return [self.answer(prompt, **(params or {{}})) for prompt in model_input["prompt"]]
+
+    def answer(self, prompt, {}):
+        {}"""
+_WITH_STREAM = """def predict(self, context, model_input):
+        return [self.tokenizer.decode(list(self.tokens(model_input["prompt"].iloc[0])))]
+
+    def predict_stream(self, context, model_input, params=None):
+        prompt = model_input["prompt"].iloc[0]
+        {}"""
+
+
+def better(template: str, *parts: str) -> str:
+    """The code of a cell that writes a class with these methods behind `MyModel`."""
+    return _BETTER.format(_CLASS.format(template.format(*parts)))
+
+
+_STOPS = """text, stream = "", self.tokenizer.create_stream()
+        for token in self.tokens(prompt):
+            text += stream.decode(token)
+            for mark in stop:
+                if mark and mark in text:
+                    return text.partition(mark)[0]
+        return text"""
+_SEEDED = """options = {"random_seed": seed, "do_sample": True} if seed is not None else {}
+        return self.tokenizer.decode(list(self.tokens(prompt, **options)))"""
+_STREAMS = """stream = self.tokenizer.create_stream()
+        for token in self.tokens(prompt):
+            yield stream.decode(token)"""
+RIGHT = {
+    "a stop text": better(_WITH_PARAMS, "stop=(), seed=None", _STOPS),
+    "a seed": better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED),
+    "a stream": better(_WITH_STREAM, _STREAMS),
+}
 _SCORE = (
     "def score(table):\n"
     "    def ask(rows, limit):\n"
@@ -182,20 +233,110 @@ ATTEMPTS = [
         "ms; another trace of this version took",
         "DESC",
     ),
-    ("2.1", _UNTIL.format("loaded.predict(asked)[0]"), "the answer goes on after", FIRST_HINT["2.1"]),
+    ("2.1", "better_model = 7", "is 7, and not the path of a file", "exercises.own_file"),
+    ("2.1", "better_model = 'nowhere.py'", "there is no file 'nowhere.py'", "%%writefile"),
     (
         "2.1",
-        _UNTIL.format("loaded.predict(asked)[0].partition(mark)[0]"),
-        "tokens and your code threw some away",
-        "Let the model stop by itself",
+        "better_model = my_model",
+        "`MyModel` has no `predict_stream`, and its `predict` takes no",
+        "Copy",
+    ),
+    ("2.1", _BETTER.format("better = ("), "running the file raised SyntaxError", "from its first line"),
+    (
+        "2.1",
+        "better_model = exercises.own_file('attempt.py')\nPath(better_model).write_text('x = 1')",
+        "the file has no model class",
+        "class MyModel(mlflow.pyfunc.PythonModel)",
     ),
     (
         "2.1",
-        _UNTIL.format("loaded.predict(asked, params={'stop': [mark]})"),
-        "of type list, not str",
-        "its item is the text",
+        better(_WITH_PARAMS, "stop=()", _STOPS).replace("mlflow.models.set_model(Better())", ""),
+        "`MyModel` has no `predict_stream`",
+        "Copy",
     ),
-    ("2.1", _UNTIL.format("'The capital'"), "it returned 'The capital', not", "add nothing to the text"),
+    (
+        "2.1",
+        "better_model = exercises.own_file('attempt.py')\n"
+        "source = Path(my_model).read_text(encoding='utf-8').partition('mlflow.models.set')[0]\n"
+        "Path(better_model).write_text(source, encoding='utf-8')",
+        "does not say which class is the model",
+        "mlflow.models.set_model(MyModel())",
+    ),
+    (
+        "2.1",
+        better(_WITH_PARAMS, "stop=()", "return self.tokenizer.decode(list(self.tokens(prompt)))").replace(
+            "**(params or {})", ""
+        ),
+        "neither params={'stop': [...]} nor params={'seed': ...} changes the answer",
+        "Hand the value on",
+    ),
+    (
+        "2.1",
+        better(
+            _WITH_PARAMS, "stop=(), seed=None", _STOPS.replace("in text:", "== text[-len(mark):] == text:")
+        ),
+        "neither params={'stop': [...]} nor",
+        "Hand the value on",
+    ),
+    (
+        "2.1",
+        better(_WITH_PARAMS, "stop=(), seed=None", _STOPS.replace(".partition(mark)[0]", "")),
+        "gave",
+        "Keep what is before the text",
+    ),
+    (
+        "2.1",
+        better(
+            _WITH_PARAMS,
+            "stop=(), seed=None",
+            _STOPS.replace("if mark and mark in text", "if len(mark) == 1 and mark in text"),
+        ),
+        "a text of several tokens",
+        "in all of the answer so far",
+    ),
+    (
+        "2.1",
+        better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED.replace(" if seed is not None else {}", "")),
+        "raised",
+        "Copy",
+    ),
+    (
+        "2.1",
+        better(
+            _WITH_PARAMS,
+            "seed=None, stop=()",
+            _SEEDED.replace(
+                '{"random_seed": seed, "do_sample": True} if seed is not None else {}', '{"do_sample": True}'
+            ),
+        ),
+        "two calls gave two answers",
+        "do_sample=seed is not None",
+    ),
+    (
+        "2.1",
+        better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED.replace('"random_seed": seed, ', "")),
+        "seed 1 gave",
+        "random_seed=seed",
+    ),
+    (
+        "2.1",
+        better(_WITH_STREAM, "yield self.tokenizer.decode(list(self.tokens(prompt)))"),
+        "the stream came in 1 piece",
+        "Inside the loop",
+    ),
+    (
+        "2.1",
+        better(_WITH_STREAM, "for token in self.tokens(prompt): yield int(token)"),
+        "a piece of the stream is",
+        "create_stream()",
+    ),
+    (
+        "2.1",
+        better(_WITH_STREAM, _STREAMS.replace("yield stream", "yield '|' + stream")),
+        "the pieces make",
+        "create_stream()",
+    ),
+    ("2.1", better(_WITH_STREAM, "1 / 0; yield"), "`predict_stream()` raised ZeroDivisionError", "Copy"),
     ("2.2", _SCORE.format("ask(table, 6)"), "row 1, with a limit of 2 tokens, got", "Each row's own limit"),
     (
         "2.2",
@@ -316,6 +457,9 @@ ATTEMPTS = [
 ]
 
 
+CHECK_2_1 = "exercises.check_better_model(globals())"
+
+
 def run(name: str, folder) -> nbformat.NotebookNode:
     """The student edition, run with the toy model; behind its end the attempts, and then our solutions."""
     full = nbformat.read(notebooks.NOTEBOOKS[name], as_version=4)
@@ -325,6 +469,8 @@ def run(name: str, folder) -> nbformat.NotebookNode:
         if number in solutions:
             check = solutions[number].source.splitlines()[-1]
             book.cells.append(nbformat.v4.new_code_cell(f"{code}\n\n{check}", id=f"attempt-{place}"))
+    for place, code in enumerate(RIGHT.values() if name == "02" else ()):
+        book.cells.append(nbformat.v4.new_code_cell(f"{code}\n\n{CHECK_2_1}", id=f"right-{place}"))
     book.cells += [
         nbformat.v4.new_code_cell(cell.source, id=f"solved-{cell.id}") for cell in solutions.values()
     ]
@@ -362,6 +508,15 @@ def test_with_the_solution_put_back_the_check_passes_with_one_line(number, print
 
 
 @pytest.mark.attempts
+@pytest.mark.parametrize(("place", "kind"), enumerate(RIGHT), ids=RIGHT)
+def test_each_of_the_three_things_solves_the_exercise(place, kind, printed):
+    said = printed[f"right-{place}"]
+    assert said.startswith("✓ Exercise 2.1 is solved: ")
+    words = {"a stop text": "before a stop text", "a seed": "equal seeds", "a stream": "a stream of"}
+    assert words[kind] in said
+
+
+@pytest.mark.attempts
 @pytest.mark.parametrize("place", range(len(ATTEMPTS)), ids=[f"{a[0]}: {a[2]}" for a in ATTEMPTS])
 def test_a_wrong_result_is_told_what_is_wrong_and_gets_its_hint(place, printed):
     number, _, wrong, hint = ATTEMPTS[place]
@@ -380,20 +535,56 @@ def test_a_check_without_the_cells_above_says_so_instead_of_raising(check, capsy
     assert "Hint: " in capsys.readouterr().out
 
 
-def test_a_model_whose_answer_is_empty_leaves_stopping_unchecked(tiny_phi3_onnx, log_wrapper, capsys):
-    with mlflow.start_run():
-        logged = log_wrapper(tiny_phi3_onnx, {"stop": list(" aehilnorst")})  # one stands at the beginning
-    loaded = mlflow.pyfunc.load_model(logged.model_uri)
-    exercises.check_ask_until(
-        {
-            "ask_until": lambda question, mark: "",
-            "loaded": loaded,
-            "wrapper": loaded.unwrap_python_model(),
-            "chosen": catalog.find("tiny-phi3"),
-        }
-    )
-    said = capsys.readouterr().out
-    assert said.startswith("– Exercise 2.1 was not checked: the model's answer is empty")
+def test_a_model_whose_answer_is_empty_leaves_the_class_unchecked(tiny_phi3_onnx, tmp_path, capsys):
+    silent = silenced(tiny_phi3_onnx, tmp_path / "silent")
+    exercises.check_better_model({"better_model": own_class(tmp_path), "onnx_folder": silent})
+    assert capsys.readouterr().out.startswith("– Exercise 2.1 was not checked: the model's answer is ''")
+
+
+def own_class(folder: Path) -> Path:
+    """The file that notebook 02's cell with %%writefile writes."""
+    book = nbformat.read(notebooks.NOTEBOOKS["02"], as_version=4)
+    (source,) = [cell.source for cell in book.cells if cell.source.startswith("%%writefile")]
+    file = folder / "my_model.py"
+    file.write_text(source.partition("\n")[2], encoding="utf-8")
+    return file
+
+
+def silenced(onnx: Path, folder: Path) -> Path:
+    """A copy of an ONNX folder in which every token ends the answer."""
+    shutil.copytree(onnx, folder)
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = list(range(config["model"]["vocab_size"]))
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space", "Übung 日本", "50% off", "it's", "a{b}c", "$HOME"])
+def test_a_learners_file_is_written_wherever_the_project_lies(folder, tmp_path, monkeypatch, capsys):
+    """By the notebook's own line, from another working directory, as IPython does it."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path / folder)
+    shell = InteractiveShell()
+    shell.user_ns["my_model"] = exercises.own_file("my_model.py")
+    assert shell.run_cell('%%writefile "{my_model}"\nname = "{ö} $HOME %"\n').success
+    written = tmp_path / folder / "out" / "my_model.py"
+    assert written.read_text(encoding="utf-8") == 'name = "{ö} $HOME %"\n'
+    assert str(tmp_path) not in capsys.readouterr().out
+
+
+def test_a_learners_file_goes_to_a_folder_of_its_own_where_the_project_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "out").write_text("no folder can be made here")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    file = Path(exercises.own_file("my_model.py"))
+    file.write_text("x = 1", encoding="utf-8")
+    assert file.resolve().parent != tmp_path
+    shutil.rmtree(file.parent)
 
 
 def test_with_one_candidate_there_is_nothing_to_choose_from(capsys):

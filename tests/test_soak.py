@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -28,8 +29,13 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "soak.json").read_text("utf-8"))
 
 
-def listens(process: psutil.Process) -> bool:
-    return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+def answered(process: psutil.Process) -> float:
+    """How many requests a process has answered, if it is the server."""
+    for each in process.net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN:
+            lines = httpx.get(f"http://127.0.0.1:{each.laddr.port}/metrics", timeout=60).text.splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("chat_requests_total{"))
+    return 0
 
 
 @pytest.mark.soak
@@ -70,10 +76,10 @@ def test_a_server_that_dies_fails_the_soak_which_still_shows_its_table(tmp_path)
         text=True,
     )
     deadline = time.monotonic() + 600
-    while not (servers := [child for child in psutil.Process(run.pid).children() if listens(child)]):
+    # Each of the eight clients waits for its first answer before its second, so some answers have arrived.
+    while not (servers := [child for child in psutil.Process(run.pid).children() if answered(child) > 16]):
         assert time.monotonic() < deadline, "no server came"
         time.sleep(0.5)
-    time.sleep(5)  # the clients begin
     servers[0].kill()
     out, err = run.communicate(timeout=600)
     assert run.returncode == 1

@@ -62,7 +62,7 @@ def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
     notes = place / "imports.txt"
     _helpers(hub, place, "run", "02", *given, PYTHONPATH=path, NOTES=str(notes))
     weights = place / "weights" / "phi-3-mini"
-    alone = [folder.name for folder in weights.iterdir()]
+    alone = [folder.name for folder in weights.glob("[!.]*")]
     _helpers(hub, place, "run", "01", *given)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)

@@ -398,6 +398,15 @@ def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
 # --- the embedded model
 
 
+def test_a_careless_int4_is_compared_where_models_are_converted_and_never_offered(tmp_path):
+    (tmp_path / "genai_config.json").write_text("{}")
+    assert export.compared(catalog.find("smollm2-135m")) == ("fp32", "int8", "int4", "int4-default")
+    assert export.compared(catalog.find("phi-3-mini")) == ("int4",)  # published
+    assert export.compared(catalog.find(str(tmp_path))) == ()  # ONNX already
+    with pytest.raises(ValueError, match="precision='int4-default' is not one of fp32, int8, int4"):
+        catalog.check_precision("int4-default")
+
+
 @pytest.fixture(scope="module")
 def embedded(store):
     """smollm2-135m behind the wrapper, in what the study compares."""

@@ -40,8 +40,7 @@ MEASURED = (
     "memory_mb",
     "size_mb",
 )
-_TEXT_TOKENS = 64  # longest answer to an open prompt
-_EVERY = 10  # every candidate reads the answer that fp32 gave to every tenth question
+_TEXT_TOKENS = 64  # longest text that fp32 writes for the others to read
 
 
 class GateError(ValueError):
@@ -56,7 +55,7 @@ def questions() -> pd.DataFrame:
 
 
 def open_prompts() -> list[str]:
-    """What fp32 is asked to write at length."""
+    """What fp32 writes about, for all to read: six texts of 64 tokens."""
     return json.loads(QUESTIONS.read_text(encoding="utf-8"))["open_prompts"]
 
 
@@ -86,12 +85,12 @@ def reference_among(names: Iterable[str]) -> str:
 
 
 def compare(
-    candidates: Mapping[str, str], model: Model, max_new_tokens: int = 24, rounds: int = 3
+    candidates: Mapping[str, str], model: Model, max_new_tokens: int = 16, rounds: int = 3
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Put the question set to every candidate; each becomes a run with its data, its model and its figures.
 
     Accuracy comes from one greedy answer a question, decoded in batches. KL divergence and agreement come
-    from the texts that fp32 wrote: each candidate reads them in one pass, and nothing is sampled; without
+    from texts that fp32 writes first: each candidate reads them in one pass, and nothing is sampled; without
     fp32 they are NaN. Speed comes from single calls, in turns over the candidates so that a busy moment of
     the machine hits all of them, and is the median of `rounds`. Load time and memory come from a fresh
     process per candidate: in this one, a model would be given the memory that an earlier one had freed, and
@@ -127,8 +126,8 @@ def compare(
         costs = costs.join(pd.DataFrame(measuring.speeds(loaded, story, rounds)).T)
         quality = score(answers)
         if "fp32" in loaded:
-            written = [*zip(chats, answers["fp32"], strict=True)][::_EVERY]
-            written += zip(prompts, _texts(loaded["fp32"], prompts, _TEXT_TOKENS), strict=True)
+            texts = _texts(loaded["fp32"], prompts, _TEXT_TOKENS)
+            written = [*zip(prompts, texts, strict=True)]
             quality = quality.join(pd.DataFrame(measuring.divergences(loaded, "fp32", written)).T)
     table = quality.join(costs).reindex(columns=MEASURED).rename_axis("candidate")
     params = {"model": model.key, "max_new_tokens": max_new_tokens, "rounds": rounds}

@@ -86,8 +86,8 @@ def test_an_interval_is_that_of_wilson(right, asked, low, high):
 
 
 def test_kl_divergence_and_the_likeliest_token_are_right_in_a_case_done_by_hand():
-    reference = np.log([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]) + 7  # a constant changes no probability
-    other = np.log([[0.25, 0.5, 0.25], [0.9, 0.05, 0.05]])
+    reference = np.array([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]])
+    other = np.array([[0.25, 0.5, 0.25], [0.9, 0.05, 0.05]])
     kl, same = candidates.divergence(reference, other).T
     # 0.5 log(0.5 / 0.25) + 0.25 log(0.25 / 0.5) + 0 = 0.25 log 2
     assert kl == pytest.approx([0.25 * math.log(2), 0], abs=1e-12)
@@ -95,7 +95,7 @@ def test_kl_divergence_and_the_likeliest_token_are_right_in_a_case_done_by_hand(
 
 
 def test_a_token_that_cannot_come_costs_nothing_where_the_reference_never_takes_it():
-    reference, other = np.array([[0.0, -np.inf]]), np.array([[0.0, 0.0]])
+    reference, other = np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]])
     assert candidates.divergence(reference, other)[0].tolist() == pytest.approx([math.log(2), 1])
 
 
@@ -400,6 +400,15 @@ def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
 # --- the embedded model
 
 
+def test_a_careless_int4_is_compared_where_models_are_converted_and_never_offered(tmp_path):
+    (tmp_path / "genai_config.json").write_text("{}")
+    assert export.compared(catalog.find("smollm2-135m")) == ("fp32", "int8", "int4", "int4-default")
+    assert export.compared(catalog.find("phi-3-mini")) == ("int4",)  # published
+    assert export.compared(catalog.find(str(tmp_path))) == ()  # ONNX already
+    with pytest.raises(ValueError, match="precision='int4-default' is not one of fp32, int8, int4"):
+        catalog.check_precision("int4-default")
+
+
 @pytest.fixture(scope="module")
 def embedded(store):
     """smollm2-135m behind the wrapper, in what the study compares."""
@@ -414,7 +423,7 @@ def embedded(store):
 def test_the_embedded_model_knows_some_of_the_answers_and_not_all(embedded):
     questions = evaluation.questions()
     chats = [catalog.find("smollm2-135m").messages(question) for question in questions["question"]]
-    texts = [answer.text for answer in candidates.answer(embedded["fp32"], chats, max_new_tokens=24)]
+    texts = [answer.text for answer in candidates.answer(embedded["fp32"], chats, max_new_tokens=16)]
     right = [evaluation.is_correct(*pair) for pair in zip(texts, questions["answers"], strict=True)]
     assert 0.4 <= sum(right) / len(right) <= 0.8
 
@@ -435,9 +444,9 @@ def test_what_is_read_is_what_fp32_wrote(embedded, written):
     for chat, text in written:
         prompt, answer = wrapper.encode_messages(chat), wrapper.tokenizer.encode(text)
         ids = np.concatenate([prompt, answer]).astype(np.int32)
-        logits = candidates.next_token_logits(embedded["fp32"], ids, len(prompt) - 1)
-        assert len(logits) == len(answer) + 1
-        assert logits.argmax(axis=-1)[:-1].tolist() == answer.tolist()
+        read = candidates.next_token_probabilities(embedded["fp32"], ids, len(prompt) - 1)
+        assert read.sum(axis=-1) == pytest.approx(np.ones(len(answer) + 1))
+        assert read.argmax(axis=-1)[:-1].tolist() == answer.tolist()
 
 
 def test_careful_int8_is_nearer_to_fp32_than_careless_int4(embedded, written):

@@ -34,7 +34,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 def compared(model: Model) -> tuple[str, ...]:
     """What a study compares: what the model is offered in and, where it is converted here, int4-default."""
-    return (*model.precisions, "int4-default") if "fp32" in model.precisions else model.precisions
+    converted = model.precisions and not model.published
+    return (*model.precisions, "int4-default") if converted else model.precisions
 
 
 def onnx_folder(

@@ -111,7 +111,8 @@ def running(model_uri, store, log_folder, environment=None, **options):
     """
     port, log = free_port(), log_folder / f"server-{time.monotonic_ns()}.log"
     arguments = {"model_uri": model_uri, "port": port, "tracking_uri": store} | options
-    code = f"from helpers.serving import openai_server as s\ns.BODY_SECONDS, s.DROP_SECONDS = 3, 20\ns.serve(**{arguments!r})"
+    limits = "s.BODY_SECONDS, s.DROP_SECONDS = 3, 20"
+    code = f"from helpers.serving import openai_server as s\n{limits}\ns.serve(**{arguments!r})"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=output, stderr=output, env=os.environ | (environment or {})

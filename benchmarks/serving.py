@@ -112,7 +112,7 @@ def front(uri: str) -> contextlib.AbstractContextManager:
 
 def healthy(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
     return False
 
 
@@ -144,7 +144,10 @@ def left_after_sigterm(process: subprocess.Popen) -> int:
 @functools.cache
 def client(url: str) -> openai.OpenAI:
     """One for all requests to a server, as in a real program: to make one takes 21 ms of the processor."""
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=300, max_retries=0)
+    direct = openai.DefaultHttpxClient(trust_env=False)  # past any proxy: the server is on this machine
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key="unused", timeout=300, max_retries=0, http_client=direct
+    )
 
 
 def ask(url: str, prompt: str, tokens: int = TOKENS, **options):
@@ -248,7 +251,9 @@ def health(uri: str) -> dict:
         figures |= probe(
             "mlflow models serve",
             url,
-            lambda: httpx.post(f"{url}/invocations", json=body, timeout=300).raise_for_status(),
+            lambda: httpx.post(
+                f"{url}/invocations", json=body, timeout=300, trust_env=False
+            ).raise_for_status(),
         )
     return figures
 
@@ -258,7 +263,7 @@ def probe(name: str, url: str, read: Callable[[], object]) -> dict:
     reader = threading.Thread(target=read)
     began = time.perf_counter()
     reader.start()
-    with httpx.Client(timeout=300) as client:
+    with httpx.Client(timeout=300, trust_env=False) as client:
         while reader.is_alive():
             sent = time.perf_counter()
             client.get(f"{url}/health").raise_for_status()
@@ -282,7 +287,10 @@ def mixed(uri: str, count: int) -> dict:
     chance = random.Random(0)
     plan = [(chance.choice(traffic.KINDS), chance.randrange(len(chats))) for _ in range(count)]
     with front(uri) as (url, process):
-        with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
+        with (
+            httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+            ThreadPoolExecutor(16) as pool,
+        ):
             replies = list(pool.map(lambda item: requests.send(client, *item, chance), plan))
         alive = healthy(url)
         left = left_after_sigterm(process)

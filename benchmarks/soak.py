@@ -147,7 +147,7 @@ def client(
 ) -> None:
     """One client: a request when the last one is over, until the time is up or the server has gone."""
     chance = random.Random(seed)
-    with httpx.Client(base_url=url, timeout=120) as session:
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as session:
         while time.monotonic() < until and process.poll() is None:
             kind, chat = chance.choice(traffic.KINDS), chance.randrange(len(requests.chats))
             try:
@@ -189,7 +189,7 @@ def in_progress(url: str, patience: float = 30) -> int | str:
     deadline = time.monotonic() + patience
     while True:
         try:
-            lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+            lines = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text.splitlines()
         except httpx.TransportError:
             return "unknown"
         number = next(line.split()[-1] for line in lines if line.startswith("chat_requests_in_progress"))

@@ -47,7 +47,9 @@ log = logging.getLogger("helpers.serving")
 API_KEY = "OPENAI_SERVER_API_KEY"
 RETRY_SECONDS = 2
 BODY_SECONDS = 30  # for a request's body; uvicorn (0.54) sets no limit for what comes before it
-DROP_BYTES = 250_000_000  # of a refused body that are read on and dropped
+# How much of a refused body is read on and dropped, and for how long.
+DROP_BYTES = 250_000_000
+DROP_SECONDS = 30
 FAREWELL_SECONDS = 2  # between the last word to those who wait at the end of the grace, and the cut
 disable_created_metrics()
 
@@ -288,7 +290,7 @@ class _UnreadBodies:
 
     A server that closes a connection on which the client still sends resets it, and the client may never see
     the answer. So the answer goes out whole, and its end follows when the body has ended, or after DROP_BYTES
-    or BODY_SECONDS of it.
+    or DROP_SECONDS of it.
     """
 
     def __init__(self, app: ASGIApp):
@@ -320,7 +322,7 @@ async def _drop_body(receive: Receive) -> None:
     dropped = 0
     # Cancelled is who still waits when the server is cut off.
     with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(DROP_SECONDS):
             while dropped < DROP_BYTES and (message := await receive()).get("more_body"):
                 dropped += len(message["body"])
 

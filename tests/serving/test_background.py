@@ -1,5 +1,6 @@
 """The supervisor between a notebook and its server, and the question whether a server is up."""
 
+import ast
 import http.server
 import json
 import os
@@ -58,6 +59,17 @@ def test_servers_end_where_there_are_no_process_groups_and_no_sigkill(tiny_uri, 
     started = {pid: created for family in families for pid, created in family}
     running = [each for each in psutil.process_iter() if each.pid in started]
     assert left([each for each in running if each.create_time() == started[each.pid]], seconds=0) == []
+
+
+POSIX_ONLY = {"curses", "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+
+
+def test_no_module_of_ours_needs_posix_to_be_imported():
+    for path in (ROOT / "helpers").rglob("*.py"):
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {alias.name for each in statements if isinstance(each, ast.Import) for alias in each.names}
+        names |= {each.module for each in statements if isinstance(each, ast.ImportFrom)}
+        assert not names & POSIX_ONLY, path
 
 
 @pytest.mark.server

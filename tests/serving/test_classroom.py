@@ -242,6 +242,14 @@ def test_without_postgresql_and_apt_it_says_how_to_install_it(monkeypatch, tmp_p
     assert not (tmp_path / "room").exists()
 
 
+def test_on_windows_it_says_where_it_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(os, "geteuid")
+    code, error = refused(capsys, "--folder", tmp_path / "room")
+    assert code == 1
+    assert "needs Linux or macOS" in error
+    assert not (tmp_path / "room").exists()
+
+
 # As on a fresh machine: nothing can be installed before the lists of packages are there.
 APT_GET = """#!/bin/sh
 cd {folder}

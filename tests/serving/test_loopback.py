@@ -33,15 +33,15 @@ SHELLS = {
     "proxies but for one name": {"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.10, example.org"},
     "no certificates": {"SSL_CERT_FILE": "/nonexistent", "REQUESTS_CA_BUNDLE": "/nonexistent"},
 }
+# The notebook's own lines ask servers that run already.
 ASK = """
-import json, os, sys
-import nbformat
-book = nbformat.read({path!r}, as_version=4)
-cells = {{cell.id: cell.source for cell in book.cells}}
+import contextlib, nbformat, types
+cells = {{cell.id: cell.source for cell in nbformat.read({path!r}, as_version=4).cells}}
 exec(cells["cell-01"].replace("%matplotlib inline", ""))
+mlflow_server = types.SimpleNamespace(serve=lambda uri: contextlib.nullcontext({rest!r}))
+openai_server = types.SimpleNamespace(running=lambda uri, **options: contextlib.nullcontext({openai!r}))
 serve, prompt, max_new_tokens = True, "What is the capital of Spain?", 12
-table_of_prompts = pd.DataFrame({{"prompt": [prompt]}})
-tracking.connect(os.environ["MLFLOW_TRACKING_URI"], "models")
+table_of_prompts = pd.DataFrame({{"prompt": [[prompt]]}})
 exec(cells["cell-49"])
 exec(cells["cell-52"])
 """
@@ -166,19 +166,19 @@ def test_the_kernel_of_a_headless_run_listens_on_this_machine_only(tmp_path):
     assert heard <= LOOPBACK
 
 
+@pytest.fixture(scope="module")
+def urls(tiny_uri, store) -> Iterator[dict[str, str]]:
+    with connected(store), mlflow_server.serve(tiny_uri) as rest, openai_server.running(tiny_uri) as openai:
+        yield {"rest": rest, "openai": openai}
+
+
 @pytest.mark.parametrize("shell", SHELLS.values(), ids=SHELLS)
-def test_the_notebook_asks_its_servers_past_what_the_shell_says_of_proxies_and_certificates(
-    tiny_uri, store, shell
-):
+def test_the_notebook_asks_its_servers_past_what_the_shell_says_of_proxies_and_certificates(urls, shell):
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle")
     own = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
-    code = ASK.format(path=str(notebooks.NOTEBOOKS["02"]))
+    code = ASK.format(path=str(notebooks.NOTEBOOKS["02"]), **urls)
     shown = subprocess.run(
-        [sys.executable, "-c", code],
-        env=own | shell | {"MLFLOW_TRACKING_URI": store},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env=own | shell, cwd=ROOT, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
     assert "{'predictions': [" in shown.stdout

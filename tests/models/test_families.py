@@ -1,4 +1,4 @@
-"""Models of many families go through both notebooks, or are refused in one sentence; docs/models.md has a list."""
+"""Models of many families go through both notebooks, or end with one sentence; docs/models.md has a list."""
 
 import os
 import re

@@ -135,8 +135,8 @@ def test_the_logged_requests_print_nothing(loaded, capfd):
 
 def test_a_model_that_answers_nothing_gets_a_table_too(loaded):
     """The greedy token ends the answer; what can only be seen in a text is said to be not shown."""
-    greedy = loaded._model_impl.pipeline
-    weight, ends = greedy.model.model.norm.weight, greedy.generation_config.eos_token_id
+    greedy = loaded._model_impl.pipeline.model
+    weight, ends = greedy.model.norm.weight, greedy.generation_config.eos_token_id
     before = weight.detach().clone()
     try:
         weight.data.zero_()  # all tokens are equally likely, so that the first is the greedy one

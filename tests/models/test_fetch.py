@@ -319,9 +319,8 @@ def test_a_prompt_fits_up_to_the_last_token_of_the_context(
 ):
     folder, context = (tiny_phi3_checkpoint, 4096) if kind == "checkpoint" else (tiny_phi3_onnx, 2047)
     model = catalog.find("tiny-phi3")
-    tokens = (
-        len(AutoTokenizer.from_pretrained(folder).apply_chat_template(model.messages("Hi"))["input_ids"]) + 1
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = len(tokenizer.apply_chat_template(model.messages("Hi"), add_generation_prompt=True)["input_ids"])
     fetch.check_prompt(folder, model, "Hi", context - tokens)
     for prompt, limit in (("Hi", context - tokens + 1), ("Hi", 4096), ("word " * 5000, 1)):
         with pytest.raises(

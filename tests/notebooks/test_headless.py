@@ -336,6 +336,16 @@ def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, o
     assert (tmp_path / "a file").read_text() == "mine"
 
 
+def test_a_wheelhouse_is_not_made_among_other_files(tmp_path):
+    (tmp_path / "requirements.txt").write_text("requests\n")
+    (tmp_path / "mine-1.0-py3-none-any.whl").write_bytes(b"my own wheel")
+    before = everything_in(tmp_path)
+    result = helpers("wheelhouse", "--output", ".", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "requirements.txt is not of a wheelhouse" in result.stderr
+    assert everything_in(tmp_path) == before
+
+
 def test_a_long_folder_for_temporary_files_is_no_obstacle(executed, tmp_path, monkeypatch):
     long = tmp_path / ("a job of the scheduler, " * 5).strip()
     long.mkdir()

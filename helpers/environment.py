@@ -151,8 +151,13 @@ def make_wheelhouse(folder: Path = WHEELHOUSE, lock: Path = LOCK) -> int:
         How many wheels there are.
     Raises:
         SystemExit: if one cannot be had; the next try goes on from there.
+        ValueError: if `folder` holds anything but wheels and the list of an earlier one; nothing is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        ours = path.name == CONTENTS and path.is_file() and b" with Python " in path.read_bytes()[:80]
+        if path.suffix != ".whl" and not ours:
+            raise ValueError(f"{path} is not of a wheelhouse. Name an empty folder with --output.")
     (folder / CONTENTS).unlink(missing_ok=True)
     here = installed()
     cuda = [name for name in here if CUDA_PACKAGES.match(f"{name}==")]  # torch brought them, if any

@@ -144,7 +144,7 @@ def test_a_notebook_opens_with_its_picture(theme, lab, folder, page, picture):
     assert page.request.put(settings, data={"raw": json.dumps({"theme": f"JupyterLab {theme}"})}).ok
     for name in notebooks.NOTEBOOKS:
         page.goto(lab.format(_within(folder, name)))
-        page.locator(f"body[data-jp-theme-light='{str(theme == 'Light').lower()}']").wait_for()
+        expect(page.locator("body")).to_have_attribute("data-jp-theme-name", f"JupyterLab {theme}")
         shown = page.locator(".jp-MarkdownOutput img").first
         shown.scroll_into_view_if_needed()
         assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") == 960

@@ -345,7 +345,17 @@ def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, o
     assert output in result.stderr
     assert "cannot be used as a folder" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
-    assert (tmp_path / "a file").read_text() == "mine"
+    assert (tmp_path / "a file").read_text("utf-8") == "mine"
+
+
+def test_a_wheelhouse_is_not_made_among_other_files(tmp_path):
+    (tmp_path / "requirements.txt").write_text("requests\n")
+    (tmp_path / "mine-1.0-py3-none-any.whl").write_bytes(b"my own wheel")
+    before = everything_in(tmp_path)
+    result = helpers("wheelhouse", "--output", ".", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "requirements.txt is not of a wheelhouse" in result.stderr
+    assert everything_in(tmp_path) == before
 
 
 @pytest.mark.kernel

@@ -117,8 +117,16 @@ def test_a_store_that_has_moved_is_found_again_and_the_old_folder_is_not_made(ch
     assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/note.txt") == "kept"
     with mlflow.start_run():
         mlflow.log_text("new", "note.txt")
-    mlflow.log_text("late", "late.txt", run_id=run.info.run_id)
+    # In another process: MLflow keeps in memory where this one has logged to.
+    code = f"""
+import mlflow
+from helpers import tracking
+tracking.connect({uri(checkout)!r}, "e")
+mlflow.log_text("late", "late.txt", run_id={run.info.run_id!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert not moved_store.with_name("old").exists()
+    assert list((checkout / "mlruns").rglob("late.txt"))
     assert places_in(checkout) == {checkout / "mlruns"}
     tracking.connect(uri(checkout), "e")
     assert capsys.readouterr().out == ""

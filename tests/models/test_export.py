@@ -64,6 +64,13 @@ def test_every_precision_loads_and_answers(precision: str):
     assert answer(folder, TINY, "Hi", 8)
 
 
+def test_the_builders_own_int4_can_be_had_for_the_study_but_is_no_precision_to_choose():
+    folder = export.onnx_folder(TINY, "int4-default")
+    assert folder != export.onnx_folder(TINY, "int4")
+    assert answer(folder, TINY, "Hi", 8)
+    assert "int4-default" not in catalog.PRECISIONS
+
+
 def test_licence_and_source_travel_with_the_export(smollm2_onnx: Path, smollm2_checkpoint: Path):
     assert (smollm2_onnx / "LICENSE").read_text() == (smollm2_checkpoint / "LICENSE").read_text()
     assert fetch.source(smollm2_onnx) == fetch.source(smollm2_checkpoint)

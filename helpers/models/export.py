@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,20 +13,21 @@ from helpers.models.catalog import Folder, Model, check_precision
 from helpers.models.fetch import ONNX_FILES, check_prompt, checkpoint, hub_folder, recipe, source
 from helpers.models.store import ModelUnavailable, Progress, weights_dir
 
-# What the builder is told besides the precision. The int4 recipe was chosen by its answers. With the
-# builder's default (blocks of 32 weights; 84 MB) smollm2-135m takes Porto for the capital of Spain; with
-# blocks of 16, and int8 for the last layer and the most sensitive ones (127 MB), it answers Madrid, as in
-# float32. Nor does it use zero points: with them (k-quant, 112 MB, a fifth faster) ONNX Runtime 1.32
-# computes a single row wrongly on processors without AVX-512, so that an answer would depend on its batch
-# (github.com/microsoft/onnxruntime/issues/29853).
+# What the builder is told besides the precision. The int4 recipe was chosen by how far
+# smollm2-135m's next-token probabilities are from those in float32 (KL divergence, nats; benchmarks/README.md
+# has the whole table): 0.41 with the builder's rounding in blocks of 32, 0.0035 with an offset for each block
+# (q4_grid), in which the file that the weights come from has them. It uses no zero points: with them ONNX
+# Runtime 1.32 computes a single row wrongly on processors without AVX-512, so that an answer would depend on
+# its batch (github.com/microsoft/onnxruntime/issues/29853).
 OPTIONS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "int8": (),
     "int4": (
         "algo_config=rtn",
         "is_symmetric=true",
-        "block_size=16",
-        "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8",
+        "block_size=32",
+        "matmul_mixed_precision=last_matmul:int8",
+        "fuse_mlp_gate_up=true",
     ),
     # The builder's own default, without care: never offered, but measured so that a gate has what to refuse.
     "int4-default": (),
@@ -91,12 +93,16 @@ def onnx_recipe(model: Model, precision: str) -> dict:
     """What decides the content of an ONNX folder: equal recipes, equal folders."""
     if precision in model.published:
         return asdict(model.published[precision])
-    return {
+    made_of = {
         "checkpoint": recipe(model),
         "precision": precision,
         "options": OPTIONS[precision],
         "builder": f"onnxruntime-genai {version('onnxruntime-genai')}",
     }
+    if precision == "int4":
+        code = Path(__file__).with_name("q4_grid.py").read_text("utf-8")
+        made_of["grid"] = hashlib.sha256(code.encode()).hexdigest()
+    return made_of
 
 
 def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> dict:
@@ -104,7 +110,7 @@ def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> 
     options = OPTIONS[precision]
     try:
         store.run_module(
-            "onnxruntime_genai.models.builder",
+            "helpers.models.q4_grid" if precision == "int4" else "onnxruntime_genai.models.builder",
             *("-m", "none", "-i", origin, "-o", staging, "-p", precision.partition("-")[0], "-e", "cpu"),
             *("-c", staging / "cache"),
             *(("--extra_options", *options) if options else ()),

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 import shutil
 import tempfile
 import textwrap
@@ -186,7 +187,9 @@ def _temporary_folder(executed: Path):
     for left in executed.parent.glob(f"{prefix}*"):  # no other run's: `_produce` lets in one at a time
         shutil.rmtree(left, ignore_errors=True)
     options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
-    # Python looks at TMPDIR first, on every system.
+    # Python looks at TMPDIR first, on every system, and remembers what it found. This process asks before it is
+    # set, or it would look for its own files in this folder when it is gone.
+    tempfile.gettempdir()
     with tempfile.TemporaryDirectory(**options) as folder, environment.variables(TMPDIR=folder):
         yield Path(folder)
 
@@ -200,18 +203,29 @@ def _encrypted():
 
 def _html(executed: Path) -> str:
     """The notebook as one page that holds its pictures."""
+    import nbformat
     from nbconvert import HTMLExporter
 
-    page, _ = HTMLExporter(embed_images=True).from_filename(str(executed))
+    book = nbformat.read(executed, as_version=4)
+    # nbconvert (7.17) embeds only what lies below the folder that it is given.
+    pictures = re.compile(rf"(!\[[^\]]*\]\(){re.escape(_way_to_root(executed.parent))}/")
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = pictures.sub(r"\1", cell.source)
+    resources = {"metadata": {"name": executed.stem, "path": str(ROOT)}}
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(book, resources=resources)
     return page
 
 
 def relink(book, folder: Path) -> None:
     """Let links and pictures in a notebook lead to the project's files from another folder than its own."""
-    root = Path(os.path.relpath(ROOT, folder)).as_posix()
     for cell in book.cells:
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](../", f"]({root}/")
+            cell.source = cell.source.replace("](../", f"]({_way_to_root(folder)}/")
+
+
+def _way_to_root(folder: Path) -> str:
+    return Path(os.path.relpath(ROOT, folder)).as_posix()
 
 
 def save() -> None:

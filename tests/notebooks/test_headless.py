@@ -1,6 +1,7 @@
 """Both notebooks run headless with other parameters, from any folder, and say clearly what is wrong."""
 
 import ast
+import base64
 import os
 import pty
 import re
@@ -249,6 +250,7 @@ def executed(tmp_path_factory) -> tuple[Path, Path]:
     """A small notebook, and the folder of a run of it."""
     folder = tmp_path_factory.mktemp("small")
     cells = [
+        nbformat.v4.new_markdown_cell("![How it flows](../docs/images/flow-01.svg)"),
         nbformat.v4.new_code_cell("word: str = 'run'  # what is printed", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("print('a', word)"),
     ]
@@ -271,7 +273,19 @@ def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(exec
     assert "another text" in page.read_text(encoding="utf-8")
 
 
+<<<<<<< HEAD
 @pytest.mark.kernel
+=======
+def test_pictures_are_found_from_where_the_executed_notebook_lies_and_are_part_of_its_page(executed):
+    source, out = executed
+    drawing = notebooks.ROOT / "docs" / "images" / "flow-01.svg"
+    picture = nbformat.read(out / source.name, as_version=4).cells[0].source
+    assert (out / re.search(r"\((.*)\)", picture)[1]).resolve() == drawing
+    embedded = base64.b64encode(drawing.read_bytes()).decode()
+    assert embedded in (out / source.name).with_suffix(".html").read_text(encoding="utf-8")
+
+
+>>>>>>> workshop
 def test_a_kernels_messages_are_encrypted_and_it_warns_of_nothing(executed, tmp_path, capfd):
     source, _ = executed
     notebooks.run({source: {}}, tmp_path)

@@ -273,9 +273,7 @@ def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(exec
     assert "another text" in page.read_text(encoding="utf-8")
 
 
-<<<<<<< HEAD
 @pytest.mark.kernel
-=======
 def test_pictures_are_found_from_where_the_executed_notebook_lies_and_are_part_of_its_page(executed):
     source, out = executed
     drawing = notebooks.ROOT / "docs" / "images" / "flow-01.svg"
@@ -285,7 +283,7 @@ def test_pictures_are_found_from_where_the_executed_notebook_lies_and_are_part_o
     assert embedded in (out / source.name).with_suffix(".html").read_text(encoding="utf-8")
 
 
->>>>>>> workshop
+@pytest.mark.kernel
 def test_a_kernels_messages_are_encrypted_and_it_warns_of_nothing(executed, tmp_path, capfd):
     source, _ = executed
     notebooks.run({source: {}}, tmp_path)

@@ -40,12 +40,11 @@ class Place(NamedTuple):
 def as_uri(path: Path) -> str:
     """The URI of a file or folder as MLflow takes it, say in `artifacts`, whatever its name is.
 
-    MLflow decodes the last part of an artifact's URI until nothing is left to decode. A slash at the end
-    makes that part empty: the folder's content is then logged without the folder's name.
+    MLflow does not read the last part of an artifact's URI as it reads the others. A slash at the end makes
+    that part empty: the content of a folder with such a name is then logged without the name.
     """
-    path = path.absolute()
-    decoded = unquote(path.name) != path.name or "#" in path.name
-    return f"{path.as_uri()}/" if decoded and path.is_dir() else path.as_uri()
+    uri = path.absolute().as_uri()
+    return f"{uri}/" if path.is_dir() and uri.rpartition("/")[2] != path.name else uri
 
 
 def artifacts(folder: Path) -> Path:

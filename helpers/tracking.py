@@ -214,7 +214,7 @@ def share_files(model_uri: str) -> None:
     if folder is None or os.name == "nt":
         return
     fetched = [made.parent.rglob("*") for made in store.weights_dir().glob(f"*/*/{store.MANIFEST}")]
-    logged = folder.parents[1].glob("*/artifacts/**/*")
+    logged = (path for path in folder.parents[1].glob("*/artifacts/**/*") if folder not in path.parents)
     twins: dict[int, dict[int, Path]] = {}
     for path in [*itertools.chain(*fetched), *filter(_is_read_only, logged)]:
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile

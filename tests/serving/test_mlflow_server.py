@@ -129,15 +129,14 @@ def test_a_request_over_its_time_is_shown_as_the_504_that_it_is(
         each.source for each in nbformat.read(notebooks.NOTEBOOKS[notebook], 4).cells if each.id == cell
     ]
     long = {"role": "user", "content": "Count to 49."}
+    prompt = "<|user|>\nCount to 49.<|end|>\n<|assistant|>\n"
     names = {
         "serve": True,
         "requests": requests,
         "mlflow_server": mlflow_server,
         "max_new_tokens": 1000,
         "messages": [long],
-        "table_of_prompts": pd.DataFrame(
-            {"prompt": ["<|user|>\nCount to 49.<|end|>\n<|assistant|>\n"] * 200}
-        ),
+        "table_of_prompts": pd.DataFrame({"prompt": [[prompt]] * 200}),
     }
     monkeypatch.setattr(mlflow_server, "serve", functools.partial(mlflow_server.serve, timeout=1))
     source = source.replace("timeout=seconds)", "timeout=1)").replace("] * 2}", "] * 50}")

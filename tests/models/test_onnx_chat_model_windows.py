@@ -54,7 +54,9 @@ class Toy:
             sequence.append(int(logits[0, -1].argmax()))
             if sequence[-1] in self.wrapper.eos:
                 break
-        return self.wrapper.tokenizer.decode(np.array(sequence[len(ids) :], np.int32))
+        # As the wrapper decodes: a character that is not whole at the end is left out.
+        stream = self.wrapper.tokenizer.create_stream()
+        return "".join(stream.decode(token) for token in sequence[len(ids) :])
 
     def answers(self, *prompts: np.ndarray) -> list[str]:
         rows = self.wrapper.generate(list(prompts), {"max_new_tokens": TOKENS})

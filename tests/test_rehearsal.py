@@ -75,16 +75,8 @@ def test_the_lean_builder_writes_what_the_builder_writes(precision: str, tmp_pat
     model = catalog.find("tiny-phi3")
     options = export.OPTIONS[precision]
     command = [sys.executable, BENCHMARKS / "lean_builder.py", "-m", "none", "-i", fetch.checkpoint(model)]
-    command += [
-        "-o",
-        tmp_path,
-        "-p",
-        precision.removesuffix("-default"),
-        "-e",
-        "cpu",
-        "-c",
-        tmp_path / "cache",
-    ]
+    bits = precision.removesuffix("-default")
+    command += ["-o", tmp_path, "-p", bits, "-e", "cpu", "-c", tmp_path / "cache"]
     command += ["--extra_options", *options] if options else []
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     plain = export.onnx_folder(model, precision)

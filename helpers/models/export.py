@@ -13,12 +13,14 @@ from helpers.models.catalog import Folder, Model, check_precision
 from helpers.models.fetch import ONNX_FILES, check_prompt, checkpoint, hub_folder, recipe, source
 from helpers.models.store import ModelUnavailable, Progress, weights_dir
 
-# What the builder is told besides the precision. The int4 recipe was chosen by how far
-# smollm2-135m's next-token probabilities are from those in float32 (KL divergence, nats; benchmarks/README.md
-# has the whole table): 0.41 with the builder's rounding in blocks of 32, 0.0035 with an offset for each block
-# (q4_grid), in which the file that the weights come from has them. It uses no zero points: with them ONNX
-# Runtime 1.32 computes a single row wrongly on processors without AVX-512, so that an answer would depend on
-# its batch (github.com/microsoft/onnxruntime/issues/29853).
+# What the builder is told besides the precision. The int4 recipe was chosen by how far smollm2-135m's
+# probabilities for the next token are from those in float32 (KL divergence; benchmarks/README.md has the
+# table): 0.41 nats with the builder's rounding in blocks of 32, 0.004 with q4_grid, which gives each block
+# an offset, as in the file that the weights come from. It uses no zero points: with them ONNX Runtime 1.32
+# computes a single row wrongly on processors without AVX-512 (github.com/microsoft/onnxruntime/issues/29853).
+# Blocks of 32 have one price there: a single row is added up in another order than several, so that between
+# two tokens that are nearly equally likely an answer may choose otherwise in a batch. Blocks of 16 do not
+# have it, but are slower than int8.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "int8": (),

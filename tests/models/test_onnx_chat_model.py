@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from starlette.testclient import TestClient
 
-from helpers.models import onnx_chat_model
+from helpers.models import catalog, export, onnx_chat_model
 from helpers.models.onnx_chat_model import CONFIG, DEFAULT_PARAMS, Completion, Decoder, Phi3Model
 
 SOURCE = Path(onnx_chat_model.__file__)
@@ -228,7 +228,9 @@ def test_the_chat_model_answers_a_question(smollm2):
     assert 0 < answer.time_to_first_token <= answer.seconds
 
 
-def test_the_chat_model_answers_the_same_alone_and_in_a_batch(smollm2):
+def test_the_chat_model_answers_the_same_alone_and_in_a_batch():
+    """In int8: on some processors, four-bit kernels add up one row in another order than several."""
+    smollm2 = load(export.onnx_folder(catalog.find("smollm2-135m"), "int8"), threads=2)
     questions = ["Hi", "Name a colour and say why you like it.", "What is 2 + 2?", "Where is Oslo?", "Why?"]
     questions += [f"Write a long story about a {hero}." for hero in ("dog", "king", "robot", "ship", "train")]
     prompts = [smollm2.apply_chat_template([{"role": "user", "content": question}]) for question in questions]

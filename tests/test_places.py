@@ -109,6 +109,7 @@ def disk(*folders: Path) -> int:
     return sum({(each.st_dev, each.st_ino): each.st_size for each in stats}.values())
 
 
+@pytest.mark.models
 def test_a_store_that_has_moved_is_found_again_and_the_old_folder_is_not_made(checkout, moved_store, capsys):
     tracking.connect(uri(checkout), "e")
     assert f"was moved here from {moved_store.with_name('old')}" in capsys.readouterr().out

@@ -901,6 +901,7 @@ def test_batch_limits_do_not_change_greedy_answers(tiny, tiny_phi3_onnx):
     assert ask(small, PROMPTS) == ask(tiny, PROMPTS)
 
 
+@pytest.mark.command
 def test_a_model_loads_where_text_files_are_not_utf_8(tiny_phi3_onnx, tmp_path):
     """As under Windows' cp1252, which has no character for five of the bytes."""
     folder = shutil.copytree(tiny_phi3_onnx, tmp_path / "onnx")

@@ -315,7 +315,7 @@ ATTEMPTS = [
     (
         "2.1",
         better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED.replace('"random_seed": seed, ', "")),
-        "seed 1 gave",
+        " and then ",
         "random_seed=seed",
     ),
     (

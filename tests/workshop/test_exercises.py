@@ -508,7 +508,7 @@ def test_with_the_solution_put_back_the_check_passes_with_one_line(number, print
 
 
 @pytest.mark.attempts
-@pytest.mark.parametrize(("place", "kind"), enumerate(RIGHT), ids=RIGHT)
+@pytest.mark.parametrize(("place", "kind"), list(enumerate(RIGHT)), ids=RIGHT)
 def test_each_of_the_three_things_solves_the_exercise(place, kind, printed):
     said = printed[f"right-{place}"]
     assert said.startswith("✓ Exercise 2.1 is solved: ")

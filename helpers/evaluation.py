@@ -184,7 +184,7 @@ def _log(name: str, uri: str, figures: pd.Series, params: dict) -> tuple[str, st
     model_id = mlflow.models.get_model_info(uri).model_id
     # A question's accepted answers become one text: data sets have no column of lists.
     asked = questions().assign(answers=lambda table: table["answers"].map("|".join))
-    data = mlflow.data.from_pandas(asked, source=str(QUESTIONS), name=QUESTIONS.stem, targets="answers")
+    data = mlflow.data.from_pandas(asked, name=QUESTIONS.stem, targets="answers")
     with mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None) as run:
         mlflow.log_params({"candidate": name, **params})
         mlflow.log_input(data, context="evaluation", model=LoggedModelInput(model_id) if model_id else None)

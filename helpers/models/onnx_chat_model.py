@@ -171,7 +171,7 @@ class Phi3Model(mlflow.pyfunc.PythonModel):
         return ids
 
 
-# 3. The loop: the same as in a class of 25 lines, for several rows at once.
+# 3. The loop: the same as in a class written in a notebook cell, for several rows at once.
 
 
 def decode(model: og.Model, rows: list["Completion"], pad: int, window: int) -> Iterator[None]:

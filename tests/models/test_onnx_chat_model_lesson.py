@@ -66,7 +66,7 @@ def test_the_learners_class_renders_a_chat_as_the_class_that_ships(models):
 
 def test_the_learners_class_is_short_and_leans_on_nothing_of_ours(source):
     code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 25
+    assert len(code) <= 30
     assert "helpers" not in source
 
 

@@ -1,6 +1,6 @@
 """Eight clients at the OpenAI endpoint for half an hour: is every answer right, and does nothing grow?
 
-    python benchmarks/soak.py [--minutes 30] [--clients 8] [--model smollm2-135m] [--precision int4]
+    python benchmarks/soak.py [--minutes 30] [--clients 8] [--model smollm2-135m] [--precision int8]
 
 The clients ask at random for whole answers and streams, send bad requests, and leave in the middle of an
 answer. Every greedy answer is compared with the model's own. Memory (what only the server's processes have)
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--precision", default="int8")  # whose answers do not depend on their batch
     parser.add_argument(
         "--growth", type=float, default=1.05, help="highest last ÷ first quarter (default: %(default)s)"
     )

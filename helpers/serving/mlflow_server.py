@@ -25,8 +25,9 @@ def serve(
         faults.StoreFault: if the model's files are gone from the store.
         RuntimeError: with the last lines of the server's log, if it does not come up.
     """
-    tracking.refuse_if_gone(model_uri)
     port = port or background.free_port()
+    background.refuse_if_taken(port)
+    tracking.refuse_if_gone(model_uri)
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri,
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port),

@@ -175,7 +175,7 @@ def footprint(folder: Path, chat: Chat) -> dict[str, float]:
         RuntimeError: if the process fails, with the last line it printed.
     """
     command = [sys.executable, "-m", "helpers.candidates", str(folder), json.dumps(chat)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise RuntimeError(f"The model in {folder} could not be loaded and asked: {lines[-1]}")

@@ -401,7 +401,7 @@ def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
 
 
 def test_a_careless_int4_is_compared_where_models_are_converted_and_never_offered(tmp_path):
-    (tmp_path / "genai_config.json").write_text("{}")
+    (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
     assert export.compared(catalog.find("smollm2-135m")) == ("fp32", "int8", "int4", "int4-default")
     assert export.compared(catalog.find("phi-3-mini")) == ("int4",)  # published
     assert export.compared(catalog.find(str(tmp_path))) == ()  # ONNX already

@@ -166,9 +166,10 @@ def test_make_test_ends_with_every_reason_for_which_a_test_is_left_out_and_how_t
 
 @pytest.mark.parametrize(("fast", "slow", "code"), [(0, 0, 0), (1, 0, 2), (0, 1, 2), (1, 1, 2)])
 def test_make_test_all_runs_both_parts_and_fails_if_either_does(fast, slow, code, tmp_path):
-    (tmp_path / "ruff").write_text("#!/bin/sh\n")
+    (tmp_path / "ruff").write_text("#!/bin/sh\n", encoding="utf-8")
     (tmp_path / "pytest").write_text(
-        f'#!/bin/sh\ncase "$*" in *"not slow"*) echo fast; exit {fast};; *) echo slow; exit {slow};; esac\n'
+        f'#!/bin/sh\ncase "$*" in *"not slow"*) echo fast; exit {fast};; *) echo slow; exit {slow};; esac\n',
+        encoding="utf-8",
     )
     for name in ("ruff", "pytest"):
         (tmp_path / name).chmod(0o755)

@@ -78,8 +78,8 @@ def collect(tmp_path):
     """Collect tests in a folder of their own with some arguments; what pytest printed, and its exit code."""
 
     def run(tests: str, *arguments: str) -> subprocess.CompletedProcess:
-        (tmp_path / "conftest.py").write_text(CONFTEST)
-        (tmp_path / "test_it.py").write_text(tests)
+        (tmp_path / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+        (tmp_path / "test_it.py").write_text(tests, encoding="utf-8")
         path = os.pathsep.join(map(str, [ROOT / "tests", ROOT / "tests" / "notebooks"]))
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-c", ROOT / "pyproject.toml"]
         # Only the plugin that pyproject.toml's options need: the others take seconds to import.

@@ -86,7 +86,7 @@ def test_rows_keep_order_and_keys_answers_are_the_models_own_and_each_worker_loa
             model_config={"threads": 2},
             pip_requirements=tracking.requirements("mlflow", "onnxruntime-genai"),
         )
-    (tmp_path / "loads.log").write_text("")
+    (tmp_path / "loads.log").write_text("", encoding="utf-8")
     scored = score(store, model.model_uri, ROWS, PARAMS, 2)
     loads = (tmp_path / "loads.log").read_text("utf-8").splitlines()  # 40 rows came in ten batches of four
     assert len(loads) == len({load.split()[0] for load in loads}) == 2

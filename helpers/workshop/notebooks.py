@@ -187,11 +187,14 @@ def _temporary_folder(executed: Path):
     for left in executed.parent.glob(f"{prefix}*"):  # no other run's: `_produce` lets in one at a time
         shutil.rmtree(left, ignore_errors=True)
     options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
-    # Python looks at TMPDIR first, on every system, and remembers what it found. This process asks before
-    # TMPDIR is set, or it would look for its own files in this folder when it is gone.
-    tempfile.gettempdir()
+    # Python looks at TMPDIR first, on every system, and remembers what it found: here it has to forget it.
+    before = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(**options) as folder, environment.variables(TMPDIR=folder):
-        yield Path(folder)
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
 
 
 def _encrypted():

@@ -74,7 +74,7 @@ def read(folder: Path, sequence: list[int], at_once: bool) -> np.ndarray:
         at_once: read all tokens in one pass; else one by one, as they are when an answer is decoded.
     """
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    config = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
     empty = np.zeros((1, config["num_key_value_heads"], 0, config["head_size"]), np.float32)
     past = {i.name: empty for i in session.get_inputs() if i.name.startswith("past_key_values")}
     names = [output.name for output in session.get_outputs()]

@@ -57,7 +57,7 @@ def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
     place = tmp_path_factory.mktemp("phi3")
     uri = f"sqlite:///{place}/mlflow.db"
     given = ("-p", "tracking_uri", uri, "--output", place / "out")
-    (place / "sitecustomize.py").write_text(NOTE_IMPORTS)
+    (place / "sitecustomize.py").write_text(NOTE_IMPORTS, encoding="utf-8")
     path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
     notes = place / "imports.txt"
     _helpers(hub, place, "run", "02", *given, PYTHONPATH=path, NOTES=str(notes))

@@ -242,7 +242,7 @@ def a_text(path):
 
 
 def no_notebook(path):
-    path.write_text("[]")
+    path.write_text("[]", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_the_notebooks_themselves_are_never_written_over(spelling, tmp_path):
     (tmp_path / "notebooks").mkdir()
     for path in notebooks.NOTEBOOKS.values():
         shutil.copy(path, tmp_path / "notebooks")
-    (tmp_path / "notebooks" / "01.txt").write_text("a file where a folder should be")
+    (tmp_path / "notebooks" / "01.txt").write_text("a file where a folder should be", encoding="utf-8")
     (tmp_path / "a link").symlink_to("notebooks")
     before = everything_in(tmp_path)
     result = helpers("run", "02", "--output", spelling, cwd=tmp_path)
@@ -350,7 +350,7 @@ def test_the_notebooks_themselves_are_never_written_over(spelling, tmp_path):
 @pytest.mark.parametrize("command", ["run", "student", "wheelhouse"])
 @pytest.mark.parametrize("output", ["a file", "a file/below", "long" * 100])
 def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, output, tmp_path):
-    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "a file").write_text("mine", encoding="utf-8")
     result = helpers(command, "--output", output, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
@@ -361,7 +361,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_in_one_sentence(command, o
 
 
 def test_a_wheelhouse_is_not_made_among_other_files(tmp_path):
-    (tmp_path / "requirements.txt").write_text("requests\n")
+    (tmp_path / "requirements.txt").write_text("requests\n", encoding="utf-8")
     (tmp_path / "mine-1.0-py3-none-any.whl").write_bytes(b"my own wheel")
     before = everything_in(tmp_path)
     result = helpers("wheelhouse", "--output", ".", cwd=tmp_path)

@@ -579,7 +579,7 @@ def test_a_learners_file_is_written_wherever_the_project_lies(folder, tmp_path, 
 def test_a_learners_file_goes_to_a_folder_of_its_own_where_the_project_cannot_be_written(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "out").write_text("no folder can be made here")
+    (tmp_path / "out").write_text("no folder can be made here", encoding="utf-8")
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     file = Path(exercises.own_file("my_model.py"))
     file.write_text("x = 1", encoding="utf-8")

@@ -157,13 +157,13 @@ def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, mon
 
 
 def a_file(place):
-    place.write_text("mine")
+    place.write_text("mine", encoding="utf-8")
 
 
 def a_folder_of_mine(place):
     place.mkdir()
-    (place / "index.html").write_text("an older site")
-    (place / "notes.txt").write_text("mine")
+    (place / "index.html").write_text("an older site", encoding="utf-8")
+    (place / "notes.txt").write_text("mine", encoding="utf-8")
 
 
 def a_link_to_a_site(place):

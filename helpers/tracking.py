@@ -183,11 +183,16 @@ def has_files(model_uri: str) -> bool:
 def refuse_if_gone(model_uri: str) -> None:
     """Refuse a model whose files are no longer in the store.
 
+    A model that the store does not know is not refused here: what loads it says so.
+
     Raises:
         faults.StoreFault: naming the model, where its files were, and how to go on.
-        mlflow.exceptions.MlflowException: if there is no such model.
     """
-    if model_uri.startswith("models:") and not has_files(model_uri):
+    import mlflow
+
+    if not model_uri.startswith("models:") or has_files(model_uri):
+        return
+    with contextlib.suppress(mlflow.MlflowException):
         raise faults.StoreFault(
             f"The files of {model_uri} are gone: {_place(model_uri)} has none. {faults.START_OVER}"
         )

@@ -45,7 +45,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phi": ("phi", {}),
     "nemotron": ("nemotron", {}),
     "gemma": ("gemma", {"head_dim": 32}),
-    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32}),
+    # Its window of 4,096 tokens is the default, and so is a context that is longer.
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "max_position_embeddings": 8192},
+    ),
     "gemma3_text": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 32}),
     "smollm3": ("smollm3", {}),
     "phi3, 4,096 positions": ("phi3", {"max_position_embeddings": 4096}),

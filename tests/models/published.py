@@ -8,6 +8,7 @@ follow from the size are tiny-phi3's. The graph is of today's builder: the one o
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def onnx(int4: Path, tiny: Path) -> dict[str, bytes]:
     """Path → content of the ONNX repository: the folder for the CPU; other variants and papers beside it."""
     import onnx as library
 
-    graph = library.load(int4 / "model.onnx")
+    # onnx refuses a data file with several names, which one in weights/ has when a logged model shares it.
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(int4, copy, dirs_exist_ok=True)
+        graph = library.load(Path(copy, "model.onnx"))
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / ONNX_NAME
         library.save(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import nbclient
@@ -48,7 +49,10 @@ def test_int4_still_knows_the_capital_of_spain(smollm2_onnx: Path):
 
 def products(folder: Path) -> dict[str, tuple[int, np.ndarray]]:
     """By name: the bits of each product of an ONNX folder, and its weights [N, K] as the kernel sees them."""
-    graph = onnx.load(folder / "model.onnx").graph
+    # onnx refuses a data file with several names, which one in weights/ has when a logged model shares it.
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        graph = onnx.load(Path(copy, "model.onnx")).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     found = {}
     for node in (node for node in graph.node if node.op_type == "MatMulNBits"):
@@ -215,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_exported_says_why_and_leaves_nothing(weight
     (broken / "model.safetensors").write_bytes(b"")
     model = catalog.find(str(broken))
     with pytest.raises(
-        fetch.ModelUnavailable, match=r"(?s)^Converting .* to fp32 failed.*no-such-architecture"
+        fetch.ModelUnavailable, match=r"cannot be converted to fp32 by .*no-such-architecture"
     ):
         export.onnx_folder(model, "fp32")
     assert [path.name for path in (weights / model.key).iterdir()] == [".onnx-fp32.lock"]

@@ -426,7 +426,7 @@ ATTEMPTS = [
     (
         "2.5",
         _SMALLEST.format("table['size_mb'].idxmin()"),
-        "more than the 5 allowed",
+        "more than the ",
         "Keep only rows that pass",
     ),
     (

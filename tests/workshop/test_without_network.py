@@ -71,7 +71,8 @@ def cut_off(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
 def weights(tmp_path_factory, tiny_phi3_checkpoint, smollm2_checkpoint) -> Path:
     """What was carried into the room: the models' folders. The big one by links, for it is only read."""
     folder = tmp_path_factory.mktemp("stick") / "weights"
-    converted = [export.onnx_folder(catalog.find("tiny-phi3"), precision) for precision in catalog.PRECISIONS]
+    tiny = catalog.find("tiny-phi3")
+    converted = [export.onnx_folder(tiny, precision) for precision in export.compared(tiny)]
     for source in (tiny_phi3_checkpoint, *converted):
         shutil.copytree(source, folder / "tiny-phi3" / source.name)
     carried = folder / "smollm2-135m" / "checkpoint"
@@ -141,7 +142,7 @@ def test_make_run_sets_up_from_the_wheelhouse_and_runs_both_notebooks(room, weig
     assert pages == ["01_TransformerPipeline.html", "02_CustomPythonWrapper.html"]
     # The carried folders were used: one that is made anew has a new manifest.
     manifests = list(weights.glob("*/*/manifest.json"))
-    assert len(manifests) == 5
+    assert len(manifests) == 6
     for manifest in manifests:
         original = fetch.weights_dir() / manifest.relative_to(weights)
         assert manifest.stat().st_mtime == original.stat().st_mtime, manifest

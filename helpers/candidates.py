@@ -91,7 +91,9 @@ def next_token_probabilities(loaded: PyFuncModel, ids: np.ndarray, start: int) -
 
         model = loaded.unwrap_python_model().model
         search = og.GeneratorParams(model)
-        search.set_search_options(max_length=len(ids) + 1)
+        # Gemma 2 wants room for its whole attention window.
+        window = loaded.unwrap_python_model().decoder.window
+        search.set_search_options(max_length=max(len(ids) + 1, window))
         generator = og.Generator(model, search)
         generator.append_tokens(ids)
         logits = generator.get_output("logits")

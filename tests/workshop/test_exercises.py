@@ -426,7 +426,7 @@ ATTEMPTS = [
     (
         "2.5",
         _SMALLEST.format("table['size_mb'].idxmin()"),
-        "more than the ",
+        "nats: more than the 0.05 allowed",
         "Keep only rows that pass",
     ),
     (

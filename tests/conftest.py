@@ -23,7 +23,15 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)  # a make that a test starts is not a part of the `make test` around it
 # Tests, and the notebooks they start, never write to the reader's own store.
 _STORE = tempfile.TemporaryDirectory(prefix="mlflow-tests-", ignore_cleanup_errors=True)
-os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_STORE.name}/mlflow.db"
+_STORE_URI = f"sqlite:///{_STORE.name}/mlflow.db"
+os.environ["MLFLOW_TRACKING_URI"] = _STORE_URI
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_store():
+    """What comes next, and a notebook's kernel, starts from the tests' own store, whatever this file used."""
+    yield
+    mlflow.set_tracking_uri(_STORE_URI)  # which sets MLFLOW_TRACKING_URI too
 
 
 @pytest.fixture(scope="session")

@@ -91,4 +91,5 @@ def _of_notebook(book: NotebookNode, command: str) -> str:
 
 
 def _digest(command: str, text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as a file's text is read; a model may write any
     return hashlib.sha256(f"{command}\0{text}".encode()).hexdigest()

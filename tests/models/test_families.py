@@ -88,7 +88,7 @@ def test_a_model_that_the_builder_does_not_know_is_refused_in_one_sentence(
     assert reason in sentence
     assert "Notebook 01 works with it" in sentence
     assert "\n" not in sentence
-    assert not list(Path(os.environ["WEIGHTS_DIR"]).rglob("genai_config.json"))
+    assert not list(Path(os.environ["WEIGHTS_DIR"]).glob(f"{folder.name}-*/**/genai_config.json"))
 
 
 def test_the_page_names_every_family_that_was_tried():

@@ -29,7 +29,7 @@ import machine
 
 from helpers import tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, onnx_chat_model
-from helpers.serving import classroom
+from helpers.workshop import classroom
 
 import mlflow  # isort: skip
 

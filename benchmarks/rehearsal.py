@@ -22,7 +22,8 @@ import machine
 import psutil
 import random_phi3
 
-from helpers.models import store
+from helpers import ROOT
+from helpers.models import folders
 
 HERE = Path(__file__).parent
 STEPS = {
@@ -64,7 +65,7 @@ def needs(geometry: random_phi3.Geometry) -> tuple[float, float]:
 def refuse_if_short(folder: Path, geometry: random_phi3.Geometry) -> None:
     """Leave with one sentence if disk or memory is short of what is still to do."""
     disk, memory = needs(geometry)
-    disk -= store.total_size(folder)
+    disk -= folders.total_size(folder)
     standing = next(each for each in (folder, *folder.parents) if each.exists())
     free_disk, free_memory = shutil.disk_usage(standing).free, psutil.virtual_memory().available
     if disk > free_disk or memory > free_memory:
@@ -84,14 +85,14 @@ class Watch:
 
     def __init__(self, process: subprocess.Popen, folder: Path):
         self.process, self.folder = psutil.Process(process.pid), folder
-        self.before, self.memory, self.resident, self.disk = store.total_size(folder), 0, 0, 0
+        self.before, self.memory, self.resident, self.disk = folders.total_size(folder), 0, 0, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
         while not self._over.wait(0.05):
-            self.disk = max(self.disk, store.total_size(self.folder) - self.before)
+            self.disk = max(self.disk, folders.total_size(self.folder) - self.before)
             try:
                 used = self.process.memory_info()
             except psutil.Error:
@@ -106,7 +107,7 @@ class Watch:
             "memory_bytes": self.memory,
             "resident_bytes": self.resident,
             "most_disk_bytes": self.disk,
-            "disk_bytes": store.total_size(self.folder) - self.before,
+            "disk_bytes": folders.total_size(self.folder) - self.before,
         }
 
 
@@ -239,12 +240,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, help="so many instead of the geometry's own, where it does not fit"
     )
-    parser.add_argument(
-        "--folder", type=Path, default=store.ROOT / "out" / "rehearsal", help="place to work in"
-    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "rehearsal", help="place to work in")
     parser.add_argument("--keep", action="store_true", help="leave the files of the rehearsal there")
     parser.add_argument(
-        "--output", type=Path, default=store.ROOT / "out", help="folder of rehearsal.json (default: out)"
+        "--output", type=Path, default=ROOT / "out", help="folder of rehearsal.json (default: out)"
     )
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import random_phi3
 
 from helpers import tracking
-from helpers.models import onnx_chat_model, store
+from helpers.models import folders, onnx_chat_model
 
 QUESTION = [{"role": "user", "content": "What is the capital of Spain?"}]
 TOKENS = {"transformers": 16, "onnx": 64}  # of each answer
@@ -97,7 +97,7 @@ def checkpoint(stage: Stage) -> dict:
     shutil.rmtree(stage.checkpoint, ignore_errors=True)
     started = time.perf_counter()
     random_phi3.write(stage.checkpoint, stage.geometry)
-    return {"seconds": time.perf_counter() - started, "model_bytes": store.total_size(stage.checkpoint)}
+    return {"seconds": time.perf_counter() - started, "model_bytes": folders.total_size(stage.checkpoint)}
 
 
 def pipeline(stage: Stage) -> dict:
@@ -168,7 +168,7 @@ def onnx(stage: Stage) -> dict:
         *("-m", "none", "-i", stage.checkpoint, "-o", stage.onnx, "-p", "int4", "-e", "cpu"),
         *("-c", stage.folder / "tmp" / "cache"),
     )
-    return {"seconds": time.perf_counter() - started, "model_bytes": store.total_size(stage.onnx)}
+    return {"seconds": time.perf_counter() - started, "model_bytes": folders.total_size(stage.onnx)}
 
 
 def onnx_log(stage: Stage) -> dict:
@@ -255,10 +255,10 @@ def _onnx_contract(stage: Stage) -> dict:
 
 def _logged(stage: Stage, step: str, seconds: float, model: Path, keep: bool = True) -> dict:
     """Figures of a logging step; without `keep` its files go, as the next step logs them again."""
-    size = store.total_size(stage.models(step))
+    size = folders.total_size(stage.models(step))
     if not keep:
         shutil.rmtree(stage.models(step))
-    return {"seconds": seconds, "logged_bytes": size, "model_bytes": store.total_size(model)}
+    return {"seconds": seconds, "logged_bytes": size, "model_bytes": folders.total_size(model)}
 
 
 def _timed(work):

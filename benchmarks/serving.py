@@ -31,9 +31,9 @@ import openai
 import psutil
 import traffic
 
-from helpers import tracking
+from helpers import processes, tracking
 from helpers.models import catalog, export, onnx_chat_model
-from helpers.serving import background, mlflow_server
+from helpers.serving import mlflow_server
 
 PACKAGES = ("fastapi", "uvicorn", "openai", "litserve")
 TOKENS = 64
@@ -83,7 +83,7 @@ def register(name: str, folder: Path, system_message: str | None) -> str:
 @contextlib.contextmanager
 def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """A Python process that serves at {port}, once it is healthy; killed with all its children at the end."""
-    port = background.free_port()
+    port = processes.free_port()
     folder = Path(tempfile.mkdtemp())
     script, log = folder / "server.py", folder / "log.txt"
     script.write_text(code.replace("{port}", str(port)), encoding="utf-8")
@@ -97,7 +97,7 @@ def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        background.end([root], seconds=0)
+        processes.end([root], seconds=0)
         process.wait()
         shutil.rmtree(folder)
 

@@ -2,6 +2,9 @@
 
 import os
 import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from helpers import environment
+from helpers import ROOT, environment
 
 # What a command's numbers may be, both ends included.
 RANGES = {
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        default=environment.ROOT / "out",
+        default=ROOT / "out",
         help="folder of the executed notebooks (default: out)",
     )
     run.set_defaults(command=_run)
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     classroom.add_argument(
         "--folder",
         type=Path,
-        default=environment.ROOT / "classroom",
+        default=ROOT / "classroom",
         help="keeps what is logged (default: classroom)",
     )
     classroom.add_argument(
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     student.add_argument(
         "--output",
         type=Path,
-        default=environment.ROOT / "out",
+        default=ROOT / "out",
         help="folder of student/ and full/ (default: out)",
     )
     student.set_defaults(command=_student)
@@ -288,7 +288,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _classroom(options: argparse.Namespace) -> None:
-    from helpers.serving import classroom
+    from helpers.workshop import classroom
 
     classroom.serve(**{name: value for name, value in vars(options).items() if name != "command"})
 

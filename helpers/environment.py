@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
@@ -11,11 +10,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+
 LOCK = ROOT / "requirements.lock"
 # CUDA's libraries follow from torch's own exact pins where a CUDA build is wanted; locking them would
 # bring gigabytes to every laptop.
@@ -124,21 +123,6 @@ def installed() -> dict[str, str]:
     from packaging.utils import canonicalize_name
 
     return {canonicalize_name(each.name): each.version for each in metadata.distributions()}
-
-
-@contextlib.contextmanager
-def variables(**values: str) -> Iterator[None]:
-    """Set environment variables for the length of a block, and put back what was there."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def make_wheelhouse(folder: Path = WHEELHOUSE, lock: Path = LOCK) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers import candidates as measuring
-from helpers import environment
+from helpers import processes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -316,7 +316,7 @@ def _quiet() -> Iterator[None]:
     }
     bar, harness.tqdm = harness.tqdm, None
     try:
-        with environment.variables(**settings), contextlib.redirect_stdout(io.StringIO()):
+        with processes.variables(**settings), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         harness.tqdm = bar

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from helpers.errors import StoreFault
+
 OWNER = "process"  # the tag that says which process writes a run: `machine:pid:start`
 LOCK_SECONDS = 20  # MLflow's own patience with a locked database, in the middle of its work
 # Parts of the messages of SQLite, the operating system, safetensors (Rust) and MLflow's client (3.17).
@@ -23,13 +25,6 @@ _DAMAGED = ("file is not a database", "database disk image is malformed", "datab
 _NEWER = "Can't locate revision identified by"
 _FULL = ("database or disk is full", "No space left on device", "Disk quota exceeded", "StorageFull")
 _GONE = ("Connection refused", "Connection aborted", "Connection reset", "timed out", "timeout exception")
-
-
-class StoreFault(RuntimeError):
-    """The MLflow store could not be read or written; the text says why, what is kept, and what to do."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython's hook: show the sentence, not forty frames
-        return [f"{type(self).__name__}: {self}"]
 
 
 def explain(error: BaseException) -> str | None:

@@ -10,17 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
+from helpers import ROOT
+from helpers.errors import ParameterError
 from helpers.models import catalog
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "MLFLOW_TRACKING_URI"  # names the store where no parameter does
-
-
-class ParameterError(ValueError):
-    """A notebook parameter that cannot be used; its text is the one sentence the reader needs."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython's hook: show the sentence, not forty frames
-        return [f"{type(self).__name__}: {self}"]
 
 
 def check(**parameters: object) -> catalog.Model:

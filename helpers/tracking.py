@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers import faults, parameters, places
-from helpers.models import store
+from helpers import ROOT, errors, faults, parameters, places
+from helpers.models import folders
 
-ROOT = Path(__file__).resolve().parents[1]
 LARGE = 100_000  # bytes from which a file is shared
 _entered: str | None = None  # the workspace that `connect` chose
 
@@ -38,7 +37,7 @@ def open_store(tracking_uri: str = "") -> str:
     Returns:
         The URI now in use.
     Raises:
-        faults.StoreFault: if a SQLite file cannot be read and written here.
+        errors.StoreFault: if a SQLite file cannot be read and written here.
     """
     import mlflow
 
@@ -63,7 +62,7 @@ def _artifacts(file: Path | None) -> Path:
         places.make_link(folder)
     except OSError as error:
         link = places.artifacts(folder).parent
-        raise faults.StoreFault(faults.unwritable(link, error.strerror)) from None
+        raise errors.StoreFault(faults.unwritable(link, error.strerror)) from None
     return places.artifacts(folder)
 
 
@@ -76,7 +75,7 @@ def _lock(file: Path | None) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        raise faults.StoreFault(faults.unwritable(lock.lock_file, error.strerror)) from None
+        raise errors.StoreFault(faults.unwritable(lock.lock_file, error.strerror)) from None
     try:
         yield
     finally:
@@ -98,7 +97,7 @@ def connect(tracking_uri: str, experiment: str) -> str:
     Returns:
         The URI now in use.
     Raises:
-        faults.StoreFault: if the store cannot be used, or the experiment has been deleted.
+        errors.StoreFault: if the store cannot be used, or the experiment has been deleted.
     """
     # By default MLflow's client asks a server that is gone for four minutes; this is half a minute.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
@@ -122,7 +121,7 @@ def choose_experiment(name: str, otherwise: str) -> str:
     Args:
         otherwise: what can be done instead of restoring one that has been deleted.
     Raises:
-        faults.StoreFault: if it was deleted, or keeps its files in a folder that is not there.
+        errors.StoreFault: if it was deleted, or keeps its files in a folder that is not there.
     """
     import mlflow
 
@@ -144,7 +143,7 @@ def choose_experiment(name: str, otherwise: str) -> str:
         and not kept.is_relative_to(folder)
         and (experiment.experiment_id == "0" or not kept.parent.exists())
     ):
-        raise faults.StoreFault(
+        raise errors.StoreFault(
             f"The experiment {name!r} keeps its files in {kept}, which does not belong to this project or is "
             f"gone. To go on, {otherwise}"
         )
@@ -161,7 +160,7 @@ def _refuse_deleted(name: str, otherwise: str) -> None:
     if workspace := os.environ.get("MLFLOW_WORKSPACE"):
         given["MLFLOW_WORKSPACE"] = workspace
     settings = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in given.items())
-    raise faults.StoreFault(
+    raise errors.StoreFault(
         f"The experiment {name!r} was deleted, and its name stays taken. Restore it: {settings} "
         f"mlflow experiments restore --experiment-id {found.experiment_id} Or {otherwise}"
     )
@@ -186,14 +185,14 @@ def refuse_if_gone(model_uri: str) -> None:
     A model that the store does not know is not refused here: what loads it says so.
 
     Raises:
-        faults.StoreFault: naming the model, where its files were, and how to go on.
+        errors.StoreFault: naming the model, where its files were, and how to go on.
     """
     import mlflow
 
     if not model_uri.startswith("models:") or has_files(model_uri):
         return
     with contextlib.suppress(mlflow.MlflowException):
-        raise faults.StoreFault(
+        raise errors.StoreFault(
             f"The files of {model_uri} are gone: {_place(model_uri)} has none. {faults.START_OVER}"
         )
 
@@ -218,7 +217,7 @@ def share_files(model_uri: str) -> None:
     folder = places.local_path(_place(model_uri))
     if folder is None or os.name == "nt":
         return
-    fetched = [made.parent.rglob("*") for made in store.weights_dir().glob(f"*/*/{store.MANIFEST}")]
+    fetched = [made.parent.rglob("*") for made in folders.weights_dir().glob(f"*/*/{folders.MANIFEST}")]
     logged = (path for path in folder.parents[1].glob("*/artifacts/**/*") if folder not in path.parents)
     twins: dict[int, dict[int, Path]] = {}
     for path in [*itertools.chain(*fetched), *filter(_is_read_only, logged)]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it)
 
-from helpers import environment, tracking  # first: importing helpers turns telemetry off
+from helpers import ROOT, environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model
 
 import mlflow  # isort: skip
@@ -120,9 +120,9 @@ def with_pyspark(pyspark_folder, uv_settings) -> dict[str, str]:
     if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
         pytest.skip("Spark needs Java, and there is none here")
     if find_spec("pyspark") is None and not any(pyspark_folder.iterdir()):
-        project = tomllib.loads((environment.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         # fmt: off
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", sys.executable,
                         "--target", pyspark_folder, *project["optional-dependencies"]["spark"]], check=True)
         # fmt: on
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(environment.ROOT)])}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(pyspark_folder), str(ROOT)])}

@@ -65,7 +65,7 @@ def test_an_unknown_model_is_one_sentence_and_exit_code_2(capsys):
     ],
 )
 def test_a_bad_option_is_one_sentence_and_exit_code_2(words, says, capsys, monkeypatch):
-    monkeypatch.setattr("helpers.serving.classroom.binaries", lambda: ROOT)  # nothing is to be installed
+    monkeypatch.setattr("helpers.workshop.classroom.binaries", lambda: ROOT)  # nothing is to be installed
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -14,11 +14,10 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from helpers import environment
+from helpers import ROOT, environment, processes
 
 pytestmark = pytest.mark.command
 
-ROOT = environment.ROOT
 LOCK = environment.LOCK.read_text("utf-8")
 TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
@@ -210,7 +209,7 @@ def test_importing_helpers_is_cheap_and_turns_telemetry_off():
 def test_variables_are_set_for_a_block_and_what_was_there_comes_back(monkeypatch):
     monkeypatch.setenv("MINE", "kept")
     monkeypatch.delenv("NEW", raising=False)
-    with environment.variables(MINE="other", NEW="1"):
+    with processes.variables(MINE="other", NEW="1"):
         assert (os.environ["MINE"], os.environ["NEW"]) == ("other", "1")
     assert os.environ["MINE"] == "kept"
     assert "NEW" not in os.environ

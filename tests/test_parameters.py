@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from helpers import parameters
+from helpers import ROOT, parameters
 from helpers.parameters import ParameterError
 
 GOOD = {"model": "smollm2-135m"}
@@ -188,14 +188,14 @@ def test_a_relative_database_lies_in_the_project_wherever_the_process_was_starte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "only-here").mkdir()
     parameters.check(**GOOD, tracking_uri="sqlite:///helpers/my.db")
-    assert f"{parameters.ROOT}/only-here/my.db" in refused(tracking_uri="sqlite:///only-here/my.db")
+    assert f"{ROOT}/only-here/my.db" in refused(tracking_uri="sqlite:///only-here/my.db")
     assert not any((tmp_path / "only-here").iterdir())
 
 
 @pytest.mark.parametrize(
     ("uri", "resolved"),
     [
-        ("sqlite:///my.db", f"sqlite:///{parameters.ROOT}/my.db"),
+        ("sqlite:///my.db", f"sqlite:///{ROOT}/my.db"),
         ("sqlite:////a/my.db", "sqlite:////a/my.db"),
         ("postgresql://me@db/mlflow", "postgresql+psycopg2://me@db/mlflow"),
         ("postgresql+psycopg2://me@db/mlflow", "postgresql+psycopg2://me@db/mlflow"),

@@ -12,8 +12,8 @@ import mlflow
 import pytest
 import transformers
 
-from helpers import faults, parameters, places, tracking
-from helpers.models import onnx_chat_model, store
+from helpers import errors, faults, parameters, places, tracking
+from helpers.models import folders, onnx_chat_model
 from helpers.serving import containerfile, mlflow_server, openai_server
 
 CANDIDATES = {"models:/slm-transformers@candidate": {"messages": [{"role": "user", "content": "Hi"}]}}
@@ -57,7 +57,7 @@ def weights(tiny_phi3_checkpoint, tiny_phi3_onnx, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for source in (tiny_phi3_checkpoint, tiny_phi3_onnx):
         shutil.copytree(source, folder / "tiny-phi3" / source.name, copy_function=shutil.copyfile)
-        os.utime(folder / "tiny-phi3" / source.name / store.MANIFEST)
+        os.utime(folder / "tiny-phi3" / source.name / folders.MANIFEST)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_an_experiment_with_a_place_of_its_own_keeps_it(checkout, tmp_path):
     assert mlflow.get_experiment_by_name("apart").artifact_location == elsewhere.as_uri()
     assert mlflow.get_experiment_by_name("far").artifact_location == "s3://bucket/mlruns"
     elsewhere.parent.rename(tmp_path / "unmounted")
-    with pytest.raises(faults.StoreFault, match=r"'apart' keeps its files in .* -p experiment apart-2"):
+    with pytest.raises(errors.StoreFault, match=r"'apart' keeps its files in .* -p experiment apart-2"):
         tracking.connect(uri(checkout), "apart")
     assert mlflow.get_experiment_by_name("apart").artifact_location == elsewhere.as_uri()
 
@@ -189,9 +189,9 @@ def test_a_model_whose_files_are_gone_is_named_wherever_it_is_asked_for(
     assert not any(tracking.has_files(name) for name in CANDIDATES)
     sentence = f"are gone: .*{checkout.name}/mlruns/models.* rm -rf"
     name = "models:/slm-onnx@candidate"
-    with pytest.raises(faults.StoreFault, match=sentence), mlflow_server.serve(name):
+    with pytest.raises(errors.StoreFault, match=sentence), mlflow_server.serve(name):
         pass
-    with pytest.raises(faults.StoreFault, match=sentence):
+    with pytest.raises(errors.StoreFault, match=sentence):
         containerfile.write(name, tmp_path / "container")
     with pytest.raises(mlflow.MlflowException) as caught:
         mlflow.pyfunc.load_model(name)
@@ -251,7 +251,7 @@ def test_logging_again_takes_no_further_room_and_deleting_harms_nothing(weights,
         sizes.append(disk(weights, tmp_path / "mlruns"))
     assert sizes[1] - sizes[0] < large / 4
     assert sizes[0] - disk(weights) < large / 4
-    kept = {path: store.sha256(path) for path in weights.rglob("*") if path.is_file()}
+    kept = {path: folders.sha256(path) for path in weights.rglob("*") if path.is_file()}
     linked = [
         path for path in (tmp_path / "mlruns").rglob("*") if path.is_file() and path.stat().st_nlink > 1
     ]
@@ -265,11 +265,11 @@ def test_logging_again_takes_no_further_room_and_deleting_harms_nothing(weights,
     subprocess.run(command, check=True, capture_output=True, env=own)
     assert len(list((tmp_path / "mlruns/models").glob("*/artifacts/MLmodel"))) == 2
     shutil.rmtree(tmp_path / "mlruns")
-    assert {path: store.sha256(path) for path in kept} == kept
+    assert {path: folders.sha256(path) for path in kept} == kept
     # What made the weights still finds them whole, and may replace them.
-    manifest = store.read_manifest(weights / "tiny-phi3/checkpoint")
-    assert store.is_complete(weights / "tiny-phi3/checkpoint", manifest["recipe"])
-    store.verify(weights / "tiny-phi3/checkpoint")
+    manifest = folders.read_manifest(weights / "tiny-phi3/checkpoint")
+    assert folders.is_complete(weights / "tiny-phi3/checkpoint", manifest["recipe"])
+    folders.verify(weights / "tiny-phi3/checkpoint")
 
 
 def test_deleting_the_weights_leaves_the_logged_models(weights, tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_deleting_the_weights_leaves_the_logged_models(weights, tmp_path, monkey
         (folder / "model.safetensors").write_bytes(b"another")
         return {"source_model": "m", "source_revision": "r", "licence": "l"}
 
-    store.make(own / "tiny-phi3/checkpoint", {"another": "recipe"}, write, label="another")
+    folders.make(own / "tiny-phi3/checkpoint", {"another": "recipe"}, write, label="another")
     shutil.rmtree(own)
     assert answers()
 

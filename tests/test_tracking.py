@@ -12,9 +12,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from helpers import faults, parameters, places, tracking
+from helpers import ROOT, errors, faults, parameters, places, processes, tracking
 from helpers.models import onnx_chat_model
-from helpers.serving import background, classroom, openai_server
+from helpers.serving import openai_server
+from helpers.workshop import classroom
 
 pytestmark = pytest.mark.command
 
@@ -78,7 +79,7 @@ def test_a_postgresql_database_is_a_store_here_and_for_child_processes(postgresq
     finally:
         mlflow.set_tracking_uri(before)
     assert child.stdout.strip() == "{'seconds': 1.5}", child.stderr
-    assert run.info.artifact_uri.startswith((tracking.ROOT / "mlruns").as_uri())
+    assert run.info.artifact_uri.startswith((ROOT / "mlruns").as_uri())
     assert not any(tmp_path.iterdir())
 
 
@@ -103,7 +104,7 @@ def test_a_locked_database_is_told_before_any_work(sqlite_uri, tmp_path, monkeyp
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(
-            faults.StoreFault, match=r"mlflow\.db: The database of the MLflow store is locked"
+            errors.StoreFault, match=r"mlflow\.db: The database of the MLflow store is locked"
         ):
             tracking.connect(sqlite_uri, "an experiment")
     tracking.connect(sqlite_uri, "an experiment")
@@ -113,7 +114,7 @@ def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(sqlite_uri):
     tracking.connect(sqlite_uri, "an experiment")
     number = mlflow.get_experiment_by_name("an experiment").experiment_id
     mlflow.delete_experiment(number)
-    with pytest.raises(faults.StoreFault) as caught:
+    with pytest.raises(errors.StoreFault) as caught:
         tracking.connect(sqlite_uri, "an experiment")
     command = f"MLFLOW_TRACKING_URI={sqlite_uri} mlflow experiments restore --experiment-id {number}"
     assert f"'an experiment' was deleted, and its name stays taken. Restore it: {command} " in str(
@@ -154,7 +155,7 @@ def test_a_damaged_database_is_named(sqlite_uri, tmp_path, damage):
     else:
         content = b"a text of another program\n" * 100
     file.write_bytes(content)
-    with pytest.raises(faults.StoreFault, match=r"mlflow\.db is damaged .* move it away"):
+    with pytest.raises(errors.StoreFault, match=r"mlflow\.db is damaged .* move it away"):
         tracking.connect(sqlite_uri, "an experiment")
 
 
@@ -164,7 +165,7 @@ def test_a_database_of_a_newer_mlflow_is_named_and_left_alone(sqlite_uri, tmp_pa
         database.execute("UPDATE alembic_version SET version_num = 'f00dfeed0001'")
         database.commit()
     before = (tmp_path / "mlflow.db").read_bytes()
-    with pytest.raises(faults.StoreFault, match=r"mlflow\.db was written by a newer MLflow than 3\."):
+    with pytest.raises(errors.StoreFault, match=r"mlflow\.db was written by a newer MLflow than 3\."):
         tracking.connect(sqlite_uri, "an experiment")
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
@@ -173,12 +174,12 @@ def test_a_read_only_folder_is_named(tmp_path):
     code = f"from helpers import tracking; tracking.connect('sqlite:///{tmp_path}/mlflow.db', 'e')"
     script = f'mount --bind -o ro {tmp_path} {tmp_path} 2>/dev/null || exit 77; exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", code]
-    child = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tracking.ROOT)
+    child = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     if child.returncode == 77 or "unshare" in child.stderr:
         pytest.skip("this machine lets no user mount a folder read-only (unshare)")
     last = child.stderr.splitlines()[-1]
     assert last.startswith(
-        f"helpers.faults.StoreFault: {tmp_path} cannot be written to (Read-only file system)"
+        f"helpers.errors.StoreFault: {tmp_path} cannot be written to (Read-only file system)"
     )
     assert "name another store" in last
 
@@ -285,7 +286,7 @@ def test_without_a_uri_the_store_is_the_environment_s_or_the_project_s(monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking.default_uri() == "http://127.0.0.1:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.default_uri() == f"sqlite:///{tracking.ROOT / 'mlflow.db'}"
+    assert tracking.default_uri() == f"sqlite:///{ROOT / 'mlflow.db'}"
 
 
 def test_requirements_are_pinned_without_a_build_tag():
@@ -315,12 +316,12 @@ def test_an_experiment_s_workspace_has_a_name_that_mlflow_takes(experiment, name
 
 @pytest.mark.server
 def test_a_server_without_workspaces_is_used_as_it_is(sqlite_uri):
-    port = background.free_port()
+    port = processes.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", sqlite_uri,
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # fmt: on
-    with background.running(command, port, "MLflow", 600) as url:
+    with processes.running(command, port, "MLflow", 600) as url:
         tracking.connect(url, "Anna")
         with mlflow.start_run() as run:
             mlflow.log_param("kept", "yes")

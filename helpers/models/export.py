@@ -8,10 +8,13 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers.models import guard, store
+from helpers import errors, processes
+from helpers.errors import ModelUnavailable
+from helpers.models import folders, guard
 from helpers.models.catalog import Folder, Model, check_precision
 from helpers.models.fetch import ONNX_FILES, check_prompt, checkpoint, hub_folder, recipe, source
-from helpers.models.store import ModelUnavailable, Progress, weights_dir
+from helpers.models.folders import weights_dir
+from helpers.progress import Progress
 
 # What the builder is told besides the precision. The int4 recipe was chosen by how far smollm2-135m's
 # probabilities for the next token are from those in float32 (KL divergence; benchmarks/README.md has the
@@ -67,7 +70,7 @@ def onnx_folder(
     else:
         folder = _onnx_folder(model, precision, offline, prompt, max_new_tokens)
         if offline:
-            store.verify(folder)
+            folders.verify(folder)
     if prompt:
         check_prompt(folder, model, prompt, max_new_tokens)
     return folder
@@ -78,12 +81,12 @@ def _onnx_folder(model: Model, precision: str, offline: bool, prompt: str, max_n
     if precision in model.published:
         return guard.check_onnx(hub_folder(folder, model, model.published[precision], ONNX_FILES, offline))
     wanted = onnx_recipe(model, precision)
-    if store.is_complete(folder, wanted):
+    if folders.is_complete(folder, wanted):
         return folder
     origin = checkpoint(model, offline)
     if prompt:
         check_prompt(origin, model, prompt, max_new_tokens)
-    return store.make(
+    return folders.make(
         folder,
         wanted,
         lambda staging, progress: _export(origin, precision, staging, progress),
@@ -111,7 +114,7 @@ def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> 
     progress.start("converting to ONNX")
     options = OPTIONS[precision]
     try:
-        store.run_module(
+        processes.run_module(
             "helpers.models.q4_grid" if precision == "int4" else "onnxruntime_genai.models.builder",
             *("-m", "none", "-i", origin, "-o", staging, "-p", precision.partition("-")[0], "-e", "cpu"),
             *("-c", staging / "cache"),
@@ -121,7 +124,7 @@ def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> 
             what=f"Converting {origin} to {precision}",
             HF_HUB_OFFLINE="1",
         )
-    except store.ChildFailed as error:
+    except errors.ChildFailed as error:
         if error.for_want_of_room:
             raise
         builder = f"the builder of onnxruntime-genai {version('onnxruntime-genai')}"

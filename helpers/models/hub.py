@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from helpers.models import guard, network, store
+from helpers.errors import ModelUnavailable
+from helpers.models import folders, guard, network
 from helpers.models.catalog import Hub, Model
-from helpers.models.store import ModelUnavailable, Progress
+from helpers.progress import Progress
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 PARTS = ".parts"  # half-fetched files, by checksum
@@ -27,7 +28,7 @@ def download(model: Model, hub: Hub, patterns: tuple[str, ...], staging: Path, p
     Over plain HTTP even where the Hub offers Xet, which cannot go on with another process's part of a file.
 
     Returns:
-        What `store.make` asks of a writer: source_model, source_revision (the commit), licence, root.
+        What `folders.make` asks of a writer: source_model, source_revision (the commit), licence, root.
     Raises:
         ModelUnavailable: with the next step for the reader; what has arrived stays for the next try.
     """
@@ -40,7 +41,7 @@ def download(model: Model, hub: Hub, patterns: tuple[str, ...], staging: Path, p
         commit, files = _listing(hub, patterns)
         _drop_all_but(files, staging)
         size = sum(file.size for file in files)
-        store.check_disk(staging, model.key, size - store.total_size(staging))
+        folders.check_disk(staging, model.key, size - folders.total_size(staging))
         progress.start("fetching", size)
         done = 0
         for file in files:
@@ -162,7 +163,7 @@ def _matches(path: Path, file) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.lfs:
-        return store.sha256(path) == file.lfs.sha256
+        return folders.sha256(path) == file.lfs.sha256
     content = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     return blob.hexdigest() == file.blob_id

@@ -7,9 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from helpers import tracking
+from helpers import ROOT, tracking
 
-ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements.lock"
 PORT = 8000  # MLflow's, behind the nginx that is left out here
 REQUEST_SECONDS = 600  # a full batch on a slow CPU; MLflow's 60 would answer 504 and go on generating

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 
-from helpers import tracking
-from helpers.serving import background
+from helpers import processes, tracking
 
 
 def serve(
@@ -22,15 +21,15 @@ def serve(
     Yields:
         The server's URL; `/invocations`, `/ping`, `/health` and `/version` are there.
     Raises:
-        faults.StoreFault: if the model's files are gone from the store.
+        errors.StoreFault: if the model's files are gone from the store.
         RuntimeError: with the last lines of the server's log, if it does not come up.
     """
-    port = port or background.free_port()
-    background.refuse_if_taken(port)
+    port = port or processes.free_port()
+    processes.refuse_if_taken(port)
     tracking.refuse_if_gone(model_uri)
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri,
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port),
                "--timeout", str(timeout), "--workers", "1"]
     # fmt: on
-    return background.running(command, port, f"MLflow's server for {model_uri}", startup_timeout)
+    return processes.running(command, port, f"MLflow's server for {model_uri}", startup_timeout)

@@ -38,10 +38,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as StarletteMessage
 
-from helpers import parameters, tracking
-from helpers.serving import background
-from helpers.serving.openai_request import ApiError, ChatRequest, parse
-from helpers.serving.worker import LOG_FORMAT, Answer, Worker
+from helpers import parameters, processes, tracking
+from helpers.serving import model_process
+from helpers.serving.chat_request import ApiError, ChatRequest, parse
+from helpers.serving.model_process import LOG_FORMAT, Answer, Worker
 
 log = logging.getLogger("helpers.serving")
 API_KEY = "OPENAI_SERVER_API_KEY"
@@ -118,13 +118,13 @@ class Front:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.worker.listen(self.on_worker_death, self.metrics.count_tokens)
+        self.model_process.listen(self.on_worker_death, self.metrics.count_tokens)
         yield
 
     def stop(self) -> None:
         """End all answers in progress, and say why."""
         for answer in list(self.worker.answers.values()):
-            self.worker.give_up(answer, 503, "The server is stopping.")
+            self.model_process.give_up(answer, 503, "The server is stopping.")
 
     async def _check_caller(self, request: Request) -> None:
         """The key; without one, the address: a web page can point a name of its own at 127.0.0.1."""
@@ -171,7 +171,7 @@ class Front:
             messages.insert(0, {"role": "system", "content": self.model.system_message})
         if len(self.worker.answers) >= self.max_queue:
             raise ApiError(429, f"{self.max_queue} requests are in progress. Try again.", code="queue_full")
-        events = self._events(self.worker.ask(request.state.id, messages, params), request, arrived)
+        events = self._events(self.model_process.ask(request.state.id, messages, params), request, arrived)
         await anext(events)  # the start, or an error while the answer can still have a status of its own
         if call.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -213,7 +213,7 @@ class Front:
             ApiError: for an error in the worker, a time-out, or a client that has gone.
         """
         gone = asyncio.create_task(_disconnected(request))
-        gone.add_done_callback(lambda _: self.worker.give_up(answer, 499, "The client has gone."))
+        gone.add_done_callback(lambda _: self.model_process.give_up(answer, 499, "The client has gone."))
         # Both end the work by themselves: nobody takes events while a slow reader's socket is full.
         late = f"The answer took longer than {self.timeout:g} s."
         alarm = asyncio.get_running_loop().call_later(self.timeout, self.worker.give_up, answer, 504, late)
@@ -232,7 +232,7 @@ class Front:
         finally:
             alarm.cancel()
             gone.cancel()
-            self.worker.close(answer)
+            self.model_process.close(answer)
 
     async def _chunks(
         self, events: AsyncIterator[tuple], request: Request, call: ChatRequest
@@ -417,7 +417,7 @@ def serve(
         raise ValueError(f"host={host} can be reached by others: set {API_KEY}, or use --host 127.0.0.1.")
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the model's process is ended, too
-    background.refuse_if_taken(port, host)
+    processes.refuse_if_taken(port, host)
     # Bound before the model is loaded, which takes long; refused until it is.
     config = uvicorn.Config(
         app=None,
@@ -443,7 +443,7 @@ def serve(
         if not worker.alive:
             raise RuntimeError("The model's process ended, so the server did. Start it again.")
     finally:
-        worker.stop()
+        model_process.stop()
 
 
 def running(
@@ -466,11 +466,11 @@ def running(
     Raises:
         RuntimeError: with the last lines of the server's log, if it does not come up.
     """
-    port = port or background.free_port()
+    port = port or processes.free_port()
     code = f"from {__name__} import serve; serve({model_uri!r}, port={port}, **{options!r})"
     command = [sys.executable, "-c", code]
     what, key = f"an OpenAI server for {model_uri}", {API_KEY: api_key or ""}
-    return background.running(command, port, what, startup_timeout, secrets=key)
+    return processes.running(command, port, what, startup_timeout, secrets=key)
 
 
 def _is_loopback(host: str) -> bool:

@@ -30,10 +30,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers import environment, faults, parameters, places, tracking
-from helpers.models import catalog, store
+from helpers import ROOT, environment, errors, faults, parameters, places, tracking
+from helpers.models import catalog, folders
 
-ROOT = environment.ROOT
 OK, TODO, NOTE = "OK", "TO DO", "NOTE"
 Finding = tuple[str, str]  # OK, TO DO or NOTE; what is there, or what to do
 
@@ -164,7 +163,7 @@ def kernel() -> Finding:
 def _model(python: Path | None, name: str) -> Finding:
     if python is not None:
         return _inside(python, "model", name)
-    folder = store.weights_dir() / catalog.find(name).key
+    folder = folders.weights_dir() / catalog.find(name).key
     if any(folder.glob("*/manifest.json")):
         return NOTE, f"{name} lies in {folder.parent}; its checksums are read once there is an environment"
     return TODO, f"{name} is not in {folder.parent}. After make setup, run: make weights"
@@ -177,16 +176,16 @@ def model(name: str) -> Finding:
     chosen = catalog.find(name)
     if isinstance(chosen.origin, catalog.Folder):
         return OK, f"{name} is a folder of your own; it is read as it is"
-    home = store.weights_dir() / chosen.key
+    home = folders.weights_dir() / chosen.key
     wanted = {"checkpoint": fetch.recipe(chosen)}
     wanted |= {f"onnx-{recipe}": export.onnx_recipe(chosen, recipe) for recipe in export.compared(chosen)}
     try:
-        whole = [part for part, recipe in wanted.items() if store.is_complete(home / part, recipe)]
+        whole = [part for part, recipe in wanted.items() if folders.is_complete(home / part, recipe)]
         for part in whole:
-            store.verify(home / part)
-    except store.ModelUnavailable as error:
+            folders.verify(home / part)
+    except errors.ModelUnavailable as error:
         return TODO, str(error)
-    size = sum(store.total_size(home / part) for part in whole) / 1e6
+    size = sum(folders.total_size(home / part) for part in whole) / 1e6
     there = f"{name}: {', '.join(whole)} in {home.parent}, {size:,.0f} MB, checksums right" if whole else ""
     fetched = {"checkpoint"} if not isinstance(chosen.origin, catalog.Built) else set()
     fetched |= {f"onnx-{precision}" for precision in chosen.published}
@@ -204,12 +203,12 @@ def model(name: str) -> Finding:
 
 def _disk(chosen: catalog.Model) -> Finding:
     """Compare what is free with what is still to come, each on its own disk."""
-    weights = store.weights_dir()
+    weights = folders.weights_dir()
     size = chosen.disk or catalog.CATALOGUE["smollm2-135m"].disk  # not known: what is measured for ours
     # Of the checkpoint's size, ONNX has as much in fp32, half in int8, a quarter in int4, and 0.36 in a
     # published int4. weights/ holds each once; a run logs the same, and while it copies needs int4 once more.
     made, logged = (1.36, 1.72) if chosen.published else (2.75, 3.0)
-    to_come = max(0, round(made * size) - store.total_size(weights / chosen.key))
+    to_come = max(0, round(made * size) - folders.total_size(weights / chosen.key))
     needs = [(ROOT, round(logged * size) + (0 if (ROOT / ".venv").exists() else ENVIRONMENT_SIZE))]
     place = next(folder for folder in (weights, *weights.parents) if folder.exists())
     if os.stat(place).st_dev == os.stat(ROOT).st_dev:
@@ -230,7 +229,7 @@ def _tracking(python: Path | None, given: str) -> Finding:
     """Try the store as far as the standard library can, without leaving anything in it."""
     try:
         uri = parameters.store(given, "--tracking-uri") or tracking.default_uri()
-    except parameters.ParameterError as error:
+    except errors.ParameterError as error:
         return TODO, str(error)
     parts = urlsplit(uri)
     if file := parameters.sqlite_file(uri):
@@ -248,7 +247,7 @@ def database(path: str) -> Finding:
     file = Path(path)
     try:
         faults.refuse_unusable(file, patience=2)
-    except faults.StoreFault as error:
+    except errors.StoreFault as error:
         return TODO, str(error)
     if not file.exists():
         return OK, f"{file} will be made"

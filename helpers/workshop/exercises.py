@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.workshop import notebooks
+from helpers import ROOT
 from helpers.workshop.checking import NotChecked, Wrong, call, exercise, of_type, short
 
 if TYPE_CHECKING:
@@ -405,7 +405,7 @@ def own_file(name: str) -> str:
     The path is relative, so that what `%%writefile` prints names no folder of one machine; papermill and
     Jupyter start in different folders.
     """
-    folder = notebooks.ROOT / "out"
+    folder = ROOT / "out"
     try:
         folder.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

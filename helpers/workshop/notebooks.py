@@ -14,11 +14,10 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from helpers import environment, parameters
+from helpers import ROOT, errors, parameters, processes
 from helpers.models import catalog, export, fetch
 from helpers.workshop import written
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {
     "01": ROOT / "notebooks" / "01_TransformerPipeline.ipynb",
     "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
@@ -43,18 +42,18 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
         names: "01", "02" or both; empty means both.
         given: parameter name → text from the command line.
     Raises:
-        parameters.ParameterError: for a name that none of the notebooks has, or a value that cannot be used.
+        errors.ParameterError: for a name that none of the notebooks has, or a value that cannot be used.
     """
     for name in names:
         if name not in NOTEBOOKS:
-            raise parameters.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
+            raise errors.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
     chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
     known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
     for name, text in given.items():
         if text != text.encode(errors="replace").decode():
-            raise parameters.ParameterError(f"{name}={text!r} is not UTF-8 text. Set it in a UTF-8 terminal.")
+            raise errors.ParameterError(f"{name}={text!r} is not UTF-8 text. Set it in a UTF-8 terminal.")
         if name not in known:
-            raise parameters.ParameterError(
+            raise errors.ParameterError(
                 f"{name!r} is not a parameter of {' or '.join(path.name for path in chosen)}. "
                 f"Theirs are: {', '.join(sorted(known))}."
             )
@@ -173,7 +172,7 @@ def _fetch(notebook: Path, values: dict[str, object]) -> None:
         else:
             asked = {name: wanted[name] for name in ("prompt", "max_new_tokens")}
             export.onnx_folder(model, wanted["precision"], **asked)
-    except fetch.ModelUnavailable as error:
+    except errors.ModelUnavailable as error:
         raise NotebookError(f"{notebook.name} was not started: {error}") from None
 
 
@@ -189,7 +188,7 @@ def _temporary_folder(executed: Path):
     options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
     # Python looks at TMPDIR first, on every system, and remembers what it found: here it has to forget it.
     before = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(**options) as folder, environment.variables(TMPDIR=folder):
+    with tempfile.TemporaryDirectory(**options) as folder, processes.variables(TMPDIR=folder):
         tempfile.tempdir = folder
         try:
             yield Path(folder)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from helpers import ROOT
 from helpers.workshop import notebooks
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from nbformat import NotebookNode
 
-ROOT = notebooks.ROOT
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 STYLE = Path(__file__).with_name("page.css")
 GUIDES = {"setup": "Set-up", "models": "Models", "serving": "Serving", "classroom": "Classroom"}

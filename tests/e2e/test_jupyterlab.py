@@ -21,8 +21,8 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import Page, expect
 
+from helpers import processes
 from helpers.environment import ROOT
-from helpers.serving import background
 from helpers.workshop import editions, notebooks
 
 MINUTE = 60_000  # ms
@@ -63,7 +63,7 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
 
     The toy model is made in the notebooks: from a model that is there, no progress could leave debris.
     """
-    home, port, token = tmp_path_factory.mktemp("home"), background.free_port(), secrets.token_hex(16)
+    home, port, token = tmp_path_factory.mktemp("home"), processes.free_port(), secrets.token_hex(16)
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     own |= {
         "HOME": str(home),

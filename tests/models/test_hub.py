@@ -16,7 +16,7 @@ import published
 import pytest
 from local_hub import COMMIT, LocalHub
 
-from helpers.models import fetch, store
+from helpers.models import fetch, folders
 
 pytestmark = pytest.mark.models
 
@@ -120,11 +120,11 @@ def test_only_weights_tokenizer_configuration_and_licence_are_fetched_and_only_o
     checkpoint, onnx = weights / "phi-3-mini" / "checkpoint", weights / "phi-3-mini" / "onnx-int4"
     assert {path.name for path in checkpoint.iterdir()} == {
         *("LICENSE", "config.json", "tokenizer.json", "model-00001-of-00002.safetensors", LARGE),
-        *("model.safetensors.index.json", store.MANIFEST),
+        *("model.safetensors.index.json", folders.MANIFEST),
     }
     assert {path.name for path in onnx.iterdir()} == {
         *("LICENSE.txt", "genai_config.json", published.ONNX_NAME, f"{published.ONNX_NAME}.data"),
-        *("tokenizer.json", store.MANIFEST),
+        *("tokenizer.json", folders.MANIFEST),
     }
     assert (checkpoint / LARGE).read_bytes() == content
     assert fetch.source(checkpoint)["source_revision"] == published.CHECKPOINT.revision
@@ -175,7 +175,7 @@ def test_after_ctrl_c_or_a_kill_the_next_command_goes_on_in_the_middle_of_the_fi
         assert process.wait(60) == code
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)  # no child is left
-        assert list(weights.rglob(store.MANIFEST)) == []
+        assert list(weights.rglob(folders.MANIFEST)) == []
         hub.slow.clear()
         hub.fetched.clear()
         hub.asked.clear()

@@ -20,7 +20,7 @@ import pytest
 from local_hub import LocalHub
 from transformers import AutoTokenizer
 
-from helpers.models import catalog, export, fetch, onnx_chat_model, store
+from helpers.models import catalog, export, fetch, folders, onnx_chat_model
 
 pytestmark = pytest.mark.kernel
 
@@ -135,7 +135,7 @@ def test_notebook_02_logs_the_published_folder_byte_for_byte(run, hub: LocalHub)
     logged = Path(mlflow.artifacts.download_artifacts("models:/slm-onnx@candidate"))
     (folder,) = logged.glob("artifacts/*")
     repository = hub.repositories[published.ONNX.repo]
-    names = {path.name for path in folder.iterdir()} - {store.MANIFEST, "LICENSE"}
+    names = {path.name for path in folder.iterdir()} - {folders.MANIFEST, "LICENSE"}
     assert published.ONNX_NAME in names
     for name in names:
         assert (folder / name).read_bytes() == repository[f"{published.ONNX.folder}/{name}"], name

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.models import store, tiny_phi3
+from helpers.models import folders, tiny_phi3
 
 QUESTIONS = (
     "What is the capital of Spain?",
@@ -63,7 +63,7 @@ def prompt(tokenizer, question: str) -> str:
 def test_two_builds_are_identical_to_the_byte(tiny_phi3_checkpoint: Path, tmp_path: Path):
     subprocess.run([sys.executable, "-m", "helpers.models.tiny_phi3", tmp_path], check=True)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(store.read_manifest(tiny_phi3_checkpoint)["files"])
+    assert names == sorted(folders.read_manifest(tiny_phi3_checkpoint)["files"])
     for name in names:
         assert (tmp_path / name).read_bytes() == (tiny_phi3_checkpoint / name).read_bytes(), name
 

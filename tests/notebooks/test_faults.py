@@ -21,9 +21,9 @@ import nbformat
 import pytest
 from faults_support import Ended, Fault, HeadlessRun
 
-from helpers import tracking
-from helpers.models import store as model_store
-from helpers.serving import background, mlflow_server
+from helpers import processes, tracking
+from helpers.models import folders
+from helpers.serving import mlflow_server
 
 # The first test waits for several runs of the notebooks, on any machine.
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
@@ -49,7 +49,7 @@ def killed(folder: Path) -> dict[str, Ended]:
     """
     place, weights = f"sqlite:///{folder}/mlflow.db", folder / "weights"
     missing = shutil.ignore_patterns("onnx-int4", ".*")
-    shutil.copytree(model_store.weights_dir() / "tiny-phi3", weights / "tiny-phi3", ignore=missing)
+    shutil.copytree(folders.weights_dir() / "tiny-phi3", weights / "tiny-phi3", ignore=missing)
 
     def run(name: str, *arguments: str, fault: Fault | None = None) -> HeadlessRun:
         given = {"store": place, "fault": fault, "WEIGHTS_DIR": str(weights)}
@@ -126,7 +126,7 @@ def locked(folder: Path) -> Ended:
 
 
 def server_gone(folder: Path) -> Ended:
-    port = background.free_port()
+    port = processes.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
                "--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
@@ -136,7 +136,7 @@ def server_gone(folder: Path) -> Ended:
     try:
         address = f"http://127.0.0.1:{port}"
         log = folder / "server.txt"
-        background._wait_until_healthy(address, server, 300, "MLflow's server", log, background.answers)
+        processes._wait_until_healthy(address, server, 300, "MLflow's server", log, processes.answers)
         fault = Fault(
             "length-study", "log_metrics", f"import signal; os.killpg({server.pid}, signal.SIGKILL)"
         )
@@ -154,7 +154,7 @@ def server_gone(folder: Path) -> Ended:
 
 
 def corrupted(folder: Path) -> Ended:
-    shutil.copytree(model_store.weights_dir() / "tiny-phi3", folder / "weights" / "tiny-phi3")
+    shutil.copytree(folders.weights_dir() / "tiny-phi3", folder / "weights" / "tiny-phi3")
     weights = folder / "weights" / "tiny-phi3" / "checkpoint" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-100] ^= 0xFF

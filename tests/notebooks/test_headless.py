@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from IPython.core.inputtransformer2 import TransformerManager
 from papermill.translators import PythonTranslator
 
-from helpers import tracking
+from helpers import ROOT, tracking
 from helpers.workshop import notebooks, written
 
 pytestmark = pytest.mark.command
@@ -276,7 +276,7 @@ def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(exec
 @pytest.mark.kernel
 def test_pictures_are_found_from_where_the_executed_notebook_lies_and_are_part_of_its_page(executed):
     source, out = executed
-    drawing = notebooks.ROOT / "docs" / "images" / "flow-01.svg"
+    drawing = ROOT / "docs" / "images" / "flow-01.svg"
     picture = nbformat.read(out / source.name, as_version=4).cells[0].source
     assert (out / re.search(r"\((.*)\)", picture)[1]).resolve() == drawing
     embedded = base64.b64encode(drawing.read_bytes()).decode()

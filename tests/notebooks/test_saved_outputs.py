@@ -6,7 +6,7 @@ import re
 import nbformat
 import pytest
 
-from helpers import environment
+from helpers import ROOT, environment
 from helpers.workshop import notebooks
 
 BOOKS = {name: nbformat.read(path, as_version=4) for name, path in notebooks.NOTEBOOKS.items()}
@@ -144,7 +144,7 @@ def test_the_readme_s_figure_is_the_one_that_notebook_02_drew():
     drawn = [
         output.data["image/png"] for output in outputs(BOOKS["02"]) if "image/png" in output.get("data", {})
     ]
-    picture = (notebooks.ROOT / "docs" / "images" / "precision.png").read_bytes()
+    picture = (ROOT / "docs" / "images" / "precision.png").read_bytes()
     assert picture == base64.b64decode(drawn[-1]), (
         "copy the figure of the saved notebook to docs/images/precision.png"
     )

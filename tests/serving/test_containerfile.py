@@ -14,7 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from helpers.serving import background, containerfile
+from helpers import processes
+from helpers.serving import containerfile
 
 CHAMPION = "models:/slm-onnx@champion"
 PROMPTS = [{"prompt": "What is the capital of Spain?"}, {"prompt": "Tell me a joke about an atom."}]
@@ -132,7 +133,7 @@ def image(context, tmp_path, uv_settings):
 
 @pytest.mark.container
 def test_its_commands_outside_a_container_install_serve_and_stop(context, image):
-    dockerfile, model, port = context / "Dockerfile", context / "model_dir", background.free_port()
+    dockerfile, model, port = context / "Dockerfile", context / "model_dir", processes.free_port()
     elsewhere = f"C.MODEL_PATH={str(model)!r}; C.DEFAULT_INFERENCE_SERVER_PORT={port}; C._serve"
     entry = [part.replace("C._serve", elsewhere) for part in json.loads(instructions(dockerfile)[-1][1])]
     health = dict(instructions(dockerfile))["HEALTHCHECK"].partition("CMD ")[2]
@@ -157,6 +158,6 @@ def test_its_commands_outside_a_container_install_serve_and_stop(context, image)
         server.terminate()
         assert server.wait(timeout=300) == 0
     finally:
-        background.end([root], seconds=0)
+        processes.end([root], seconds=0)
     champion = mlflow.pyfunc.load_model(CHAMPION)
     assert served == champion.predict(pd.DataFrame(PROMPTS), params={"max_new_tokens": 9})

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from serving_support import connected
 
+from helpers import processes
 from helpers.environment import ROOT
-from helpers.serving import background, mlflow_server, openai_server
+from helpers.serving import mlflow_server, openai_server
 from helpers.workshop import notebooks
 
 pytestmark = pytest.mark.server
@@ -76,7 +77,7 @@ def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
             time.sleep(0.2)
         yield psutil.Process(process.pid)
     finally:
-        background.end([psutil.Process(process.pid)], seconds=5)
+        processes.end([psutil.Process(process.pid)], seconds=5)
         process.communicate()
 
 
@@ -112,7 +113,7 @@ def test_the_openai_server_listens_on_this_machine_only_and_its_key_is_on_no_com
 
 
 def test_mlflows_pages_listen_on_this_machine_only_and_the_store_is_on_no_command_line(tmp_path):
-    port = background.free_port()
+    port = processes.free_port()
     store = f"sqlite:///{tmp_path}/mlflow.db"
     with make("ui", f"http://127.0.0.1:{port}/health", PORT=str(port), TRACKING_URI=store) as process:
         heard = listening(process)
@@ -127,7 +128,7 @@ def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
         "c.ServerApp.open_browser = False\nc.ServerApp.allow_root = True\n",  # tests may run as root
         encoding="utf-8",
     )
-    port, token = background.free_port(), "a-token-of-the-tests"
+    port, token = processes.free_port(), "a-token-of-the-tests"
     environment = {
         "JUPYTER_CONFIG_DIR": str(tmp_path),
         "JUPYTER_DATA_DIR": str(tmp_path),

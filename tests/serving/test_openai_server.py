@@ -30,11 +30,12 @@ from hypothesis import strategies as st
 from openai.resources.chat.completions import Completions
 from serving_support import SYSTEM_MESSAGE, connected, left
 
+from helpers import processes
 from helpers.environment import ROOT
 from helpers.models import onnx_chat_model
-from helpers.serving import background, chat_models, openai_server
-from helpers.serving.background import free_port
-from helpers.serving.openai_request import ApiError, ChatRequest, parse
+from helpers.processes import free_port
+from helpers.serving import chat_models, openai_server
+from helpers.serving.chat_request import ApiError, ChatRequest, parse
 from helpers.serving.openai_server import API_KEY, serve
 
 pytestmark = pytest.mark.server
@@ -846,7 +847,7 @@ def workspaces(tmp_path):
                "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--workers", "1",
                "--artifacts-destination", str(tmp_path / "artifacts"), "--enable-workspaces"]
     # fmt: on
-    with background.running(command, port, "MLflow", 600) as url:
+    with processes.running(command, port, "MLflow", 600) as url:
         mlflow.set_tracking_uri(url)
         mlflow.set_experiment("models")  # the one that tests before this chose is another store's
         yield url

@@ -13,8 +13,8 @@ import nbformat
 import pytest
 from serving_support import connected
 
+from helpers import processes
 from helpers.environment import ROOT
-from helpers.serving import background
 
 pytestmark = pytest.mark.server
 
@@ -43,14 +43,14 @@ def answers(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
         monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-        port = background.free_port()
+        port = processes.free_port()
         before, serve, asking = terminal_lines(notebook, port)
 
         def output(line: str) -> str:
             return subprocess.run(["bash", "-ec", line], stdout=subprocess.PIPE, text=True, check=True).stdout
 
         predicted = json.loads(output(before).splitlines()[-1])
-        running = background.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 600)
+        running = processes.running(["bash", "-c", f"exec {serve}"], port, "MLflow's server", 600)
         with connected(store), running:
             asked = [json.loads(output(line)) for line in asking.strip().splitlines()]
         return predicted, asked

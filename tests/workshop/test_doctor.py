@@ -15,13 +15,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from helpers import environment, tracking
+from helpers import ROOT, environment, processes, tracking
 from helpers.models import fetch
-from helpers.serving import background
 
 pytestmark = pytest.mark.command
 
-ROOT = environment.ROOT
 BARE = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
 
 
@@ -50,7 +48,7 @@ def set_up(clone) -> Path:
     # The last step of a set-up; in the clone, as the place is part of it.
     code = (
         "from helpers import environment;"
-        "stamp = environment.ROOT / '.venv' / environment.STAMP;"
+        "stamp = ROOT / '.venv' / environment.STAMP;"
         "stamp.write_text(environment._fingerprint(environment.LOCK))"
     )
     subprocess.run([clone / ".venv/bin/python", "-c", code], cwd=clone, check=True)
@@ -231,7 +229,7 @@ def test_a_tracking_server_that_is_down_is_missing(clone):
 
 @pytest.mark.server
 def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_nothing(clone, tmp_path):
-    port, artifacts = background.free_port(), tmp_path / "artifacts"
+    port, artifacts = processes.free_port(), tmp_path / "artifacts"
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
@@ -239,7 +237,7 @@ def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_noth
         "--artifacts-destination",
         artifacts,
     ]
-    with background.running([*map(str, command)], port, "a tracking server", 600) as url:
+    with processes.running([*map(str, command)], port, "a tracking server", 600) as url:
         findings = doctor(clone, "--tracking-uri", url)[1]
     assert findings["tracking"] == ("OK", f"{url} answers, finds experiments and takes artifacts")
     assert not [path for path in artifacts.rglob("*") if path.is_file()]
@@ -250,7 +248,7 @@ def test_a_tracking_server_is_asked_for_experiments_and_artifacts_and_keeps_noth
 
 @pytest.mark.server
 def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
-    port = background.free_port()
+    port = processes.free_port()
     command = [
         sys.executable,
         "-m",
@@ -262,7 +260,7 @@ def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
         str(tmp_path),
     ]
     (tmp_path / "health").touch()  # so that it looks healthy
-    with background.running(command, port, "a web server", 600) as url:
+    with processes.running(command, port, "a web server", 600) as url:
         state, text = doctor(clone, MLFLOW_TRACKING_URI=url)[1]["tracking"]
     assert (state, text) == (
         "TO DO",
@@ -352,14 +350,14 @@ def test_a_deleted_experiment_a_newer_mlflow_and_damage_are_noticed(clone, set_u
 
 
 def test_the_experiments_that_the_doctor_looks_for_are_the_notebooks_own():
-    from helpers.serving import worker
+    from helpers.serving import model_process
     from helpers.workshop import doctor as module
     from helpers.workshop import notebooks
 
     used = {
         notebooks.declared(path)["experiment"]["default"].strip('"') for path in notebooks.NOTEBOOKS.values()
     }
-    assert {*used, worker.TRACES} == set(module.EXPERIMENTS)
+    assert {*used, model_process.TRACES} == set(module.EXPERIMENTS)
 
 
 def test_a_store_that_the_environment_names_wrongly_is_refused_in_the_variables_name(clone):

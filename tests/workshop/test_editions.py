@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import environment
+from helpers import ROOT
 from helpers.__main__ import main
 from helpers.workshop import editions, notebooks
 
@@ -96,7 +96,7 @@ def test_the_command_writes_both_editions(tmp_path, capsys):
         assert sorted(path.name for path in (tmp_path / edition).iterdir()) == names
     for path in (tmp_path / "full").iterdir():
         full = nbformat.read(path, as_version=4)
-        root = Path(os.path.relpath(environment.ROOT, path.parent)).as_posix()
+        root = Path(os.path.relpath(ROOT, path.parent)).as_posix()
         for cell in of_kind("markdown", full):
             cell.source = cell.source.replace(f"]({root}/", "](../")  # as it was before it moved
         assert full.cells == BOOKS[path.name[:2]].cells  # with its outputs

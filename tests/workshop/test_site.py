@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
+from helpers import ROOT
 from helpers.__main__ import main
 from helpers.workshop import notebooks, site
 
@@ -145,7 +146,7 @@ def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, mon
     project = tmp_path / "project"
     project.mkdir()
     for name in ("notebooks", "docs", "benchmarks"):
-        shutil.copytree(site.ROOT / name, project / name)
+        shutil.copytree(ROOT / name, project / name)
     (project / "README.md").write_text("# A project\n\nSee [the plan](PLAN.md).\n", encoding="utf-8")
     monkeypatch.setattr(site, "ROOT", project)
     (tmp_path / "site").mkdir()

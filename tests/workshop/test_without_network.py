@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import environment
+from helpers import ROOT, environment
 from helpers.models import catalog, export, fetch
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # two notebooks and a set-up, on any machine
 
-ROOT = environment.ROOT
 # Switches loopback on in a new namespace (SIOCSIFFLAGS: IFF_UP and IFF_RUNNING), then becomes the command.
 LOOPBACK_ONLY = """
 import fcntl, os, socket, struct, sys

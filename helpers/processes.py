@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
+
+from helpers.errors import ChildFailed
 
 MARK = "SERVER_MARK"  # in the environment of a server and of all that it starts
 STOP_SECONDS = 10  # how long the server may take to end by itself
@@ -230,6 +233,80 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == mark:
                 yield process
+
+
+def run_module(
+    module: str, *arguments: object, log: Path, watch: Callable[[str], None], what: str, **environment: str
+) -> None:
+    """Run `python -m module arguments` in a child process that ends when this one does, however it ends.
+
+    Args:
+        log: takes the child's output; deleted if all went well.
+        watch: called five times a second with the new output, for a progress bar.
+        what: what the child does, for the error.
+        environment: variables to set for the child.
+    Raises:
+        ChildFailed: with its exception, or the last lines of its output.
+    """
+    command = [sys.executable, "-c", _CHILD, module, *map(str, arguments)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | environment
+    with log.open("wb") as sink, log.open("r", encoding="utf-8", errors="replace") as output:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)
+                watch(output.read())
+        finally:
+            child.kill()
+            child.wait()
+            child.stdin.close()
+    if child.returncode < 0:
+        reason = (
+            f"its process was ended by signal {-child.returncode}, as the system does when memory runs out"
+        )
+        raise ChildFailed(what, reason)
+    if child.returncode:
+        raise ChildFailed(what, _last_lines(log))
+    log.unlink()
+
+
+# A blocking read in a thread ends with the pipe, hence with the parent, even if that was killed. os.read,
+# because a reader that holds sys.stdin's lock would crash the interpreter's shutdown.
+_CHILD = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def _last_lines(log: Path, count: int = 12) -> str:
+    """The exception that ended a child, or the end of its log without progress bars, a line for each."""
+    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
+    kept = [line for line in lines if line.strip() and "it/s]" not in line]
+    if "Traceback (most recent call last):" in kept:
+        last = len(kept) - kept[::-1].index("Traceback (most recent call last):")
+        if exception := next((line for line in kept[last:] if not line.startswith(" ")), None):
+            return exception
+    kept = kept[-count:]
+    return kept[0] if len(kept) == 1 else "\n".join(["the last lines of its output are", *kept])
+
+
+@contextlib.contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Set environment variables for the length of a block, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 if __name__ == "__main__":

@@ -11,42 +11,21 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers import ROOT
+from helpers.errors import ModelUnavailable
+from helpers.progress import Progress, megabytes
+
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    pass
 
-ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
-
-
-class ModelUnavailable(RuntimeError):
-    """A model's files cannot be had; the text says which, why, and what to do."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython's hook: show the sentence, not forty frames
-        return [f"{type(self).__name__}: {self}"]
-
-
-class ChildFailed(ModelUnavailable):
-    """A child process failed. `reason` is its exception in one line, or what is known instead."""
-
-    def __init__(self, what: str, reason: str) -> None:
-        super().__init__(f"{what} failed: {reason}")
-        self.reason = reason
-
-    @property
-    def for_want_of_room(self) -> bool:
-        """Whether memory or disk ran out, so that it may work elsewhere, or another time."""
-        return bool(re.search(r"memory|No space left|Disk quota", self.reason, re.IGNORECASE))
 
 
 def weights_dir() -> Path:
@@ -136,149 +115,10 @@ def make(
                 root = facts.pop("root", staging)
                 _write_manifest(root, facts | {"recipe": recipe})
                 _publish(root, folder)
-            progress.finish(f"{label}: {_megabytes(total_size(folder))}")
+            progress.finish(f"{label}: {megabytes(total_size(folder))}")
     except OSError as error:
         raise _explain(error, folder, label) from error
     return folder
-
-
-def run_module(
-    module: str, *arguments: object, log: Path, watch: Callable[[str], None], what: str, **environment: str
-) -> None:
-    """Run `python -m module arguments` in a child process that ends when this one does, however it ends.
-
-    Args:
-        log: takes the child's output; deleted if all went well.
-        watch: called five times a second with the new output, for a progress bar.
-        what: what the child does, for the error.
-        environment: variables to set for the child.
-    Raises:
-        ChildFailed: with its exception, or the last lines of its output.
-    """
-    command = [sys.executable, "-c", _CHILD, module, *map(str, arguments)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | environment
-    with log.open("wb") as sink, log.open("r", encoding="utf-8", errors="replace") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            while child.poll() is None:
-                time.sleep(0.2)
-                watch(output.read())
-        finally:
-            child.kill()
-            child.wait()
-            child.stdin.close()
-    if child.returncode < 0:
-        reason = (
-            f"its process was ended by signal {-child.returncode}, as the system does when memory runs out"
-        )
-        raise ChildFailed(what, reason)
-    if child.returncode:
-        raise ChildFailed(what, _last_lines(log))
-    log.unlink()
-
-
-# A blocking read in a thread ends with the pipe, hence with the parent, even if that was killed. os.read,
-# because a reader that holds sys.stdin's lock would crash the interpreter's shutdown.
-_CHILD = """
-import os, runpy, sys, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
-class Progress:
-    """A bar in a terminal, one line updated in place in a notebook, nothing in a file or a pipe.
-
-    A saved notebook keeps the final line and no debris. As a context manager it puts the bar away.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.total: int | None = None
-        self._started = time.perf_counter()
-        self._notebook = _NotebookLine() if _in_notebook() else None
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def start(self, doing: str, total: int | None = None) -> None:
-        """Begin a stage, counted in bytes if `total` is given, in seconds else; advance it with `advance`."""
-        from tqdm import tqdm  # here: `make doctor` reads this module before there are packages
-
-        self._close()
-        self.total = total
-        counted = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}B, {rate_fmt}"
-        self._bar = tqdm(
-            desc=f"{self.label}: {doing}",
-            total=total,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            bar_format=counted if total else "{desc} … {elapsed}",
-            **self._options(),
-        )
-
-    def _options(self) -> dict:
-        if self._notebook:
-            return {"file": self._notebook, "mininterval": 0.5, "disable": False}
-        return {"file": sys.stderr, "disable": not sys.stderr.isatty()}
-
-    def advance(self, done: int | None = None) -> None:
-        """Set the bytes done so far; without them, only the time moves on."""
-        if self._bar is not None and done is not None:
-            self._bar.update(done - self._bar.n)
-        elif self._bar is not None:
-            self._bar.refresh()
-
-    def finish(self, text: str) -> None:
-        """Leave one line: what is there now and how long it took."""
-        self._close()
-        line = f"{text}, ready in {time.perf_counter() - self._started:.0f} s"
-        if self._notebook:
-            self._notebook.write(line)
-        elif sys.stderr.isatty():
-            print(line, file=sys.stderr)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-class _NotebookLine:
-    """A file whose last line is shown in the cell's output, replacing the one before."""
-
-    def __init__(self) -> None:
-        self._display = None
-
-    def write(self, text: str) -> None:
-        from IPython.display import display
-
-        line = text.replace("\x1b[A", "").strip()
-        if not line:
-            return
-        content = {"text/plain": line}
-        if self._display is None:
-            self._display = display(content, raw=True, display_id=True)
-        else:
-            self._display.update(content, raw=True)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-
-def _in_notebook() -> bool:
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return shell is not None and hasattr(shell, "kernel")
 
 
 @contextlib.contextmanager
@@ -373,10 +213,6 @@ def total_size(folder: Path) -> int:
     return sum(_size(path) or 0 for path in folder.rglob("*"))
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 1e7 else f"{size / 1e6:,.0f} MB"
-
-
 def _refuse_damaged(folder: Path, names: list[str]) -> None:
     if names:
         raise ModelUnavailable(
@@ -390,7 +226,7 @@ def check_disk(folder: Path, label: str, needs: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needs:
         raise ModelUnavailable(
-            f"{label} needs {_megabytes(needs)} of disk and {folder} has {_megabytes(free)} free. "
+            f"{label} needs {megabytes(needs)} of disk and {folder} has {megabytes(free)} free. "
             "Free some, or set WEIGHTS_DIR to a folder on another disk."
         )
 
@@ -408,15 +244,3 @@ def _explain(error: OSError, folder: Path, label: str) -> ModelUnavailable:
             "Set WEIGHTS_DIR to a folder that can."
         )
     return ModelUnavailable(f"{label} could not be made: {error}. Run it again.")
-
-
-def _last_lines(log: Path, count: int = 12) -> str:
-    """The exception that ended a child, or the end of its log without progress bars, a line for each."""
-    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
-    kept = [line for line in lines if line.strip() and "it/s]" not in line]
-    if "Traceback (most recent call last):" in kept:
-        last = len(kept) - kept[::-1].index("Traceback (most recent call last):")
-        if exception := next((line for line in kept[last:] if not line.startswith(" ")), None):
-            return exception
-    kept = kept[-count:]
-    return kept[0] if len(kept) == 1 else "\n".join(["the last lines of its output are", *kept])

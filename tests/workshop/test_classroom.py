@@ -18,10 +18,10 @@ import pytest
 import requests
 from serving_support import connected, left
 
-from helpers import tracking
+from helpers import processes, tracking
 from helpers.__main__ import main
 from helpers.environment import ROOT
-from helpers.serving import background, classroom
+from helpers.workshop import classroom
 
 pytestmark = pytest.mark.classroom
 
@@ -52,7 +52,7 @@ def server(postgres, folder, restarted) -> Iterator[str]:
 @contextmanager
 def command(folder: Path) -> Iterator[tuple[str, subprocess.Popen, list[psutil.Process], list[str]]]:
     """`python -m helpers classroom` once it is ready: URI, process, its family, and what it prints."""
-    port = background.free_port()
+    port = processes.free_port()
     arguments = ["classroom", "--folder", folder, "--port", port, "--workers", 2]
     process = subprocess.Popen(
         [sys.executable, "-m", "helpers", *map(str, arguments)], stdout=subprocess.PIPE, text=True
@@ -187,7 +187,7 @@ def test_only_requests_to_its_own_names_and_from_its_own_pages_are_answered(serv
 def test_a_second_server_over_the_same_folder_is_refused(server, folder):
     with (
         pytest.raises(RuntimeError, match="already runs over"),
-        classroom.running(folder, port=background.free_port()),
+        classroom.running(folder, port=processes.free_port()),
     ):
         pytest.fail("two servers over one database")
 
@@ -227,7 +227,7 @@ def test_a_port_in_use_is_named(postgres, tmp_path, capsys):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as another user")
 def test_a_folder_that_postgresql_s_user_cannot_reach_is_named(postgres, tmp_path, capsys):
     tmp_path.chmod(0o700)
-    code, error = refused(capsys, "--folder", tmp_path / "room", "--port", background.free_port())
+    code, error = refused(capsys, "--folder", tmp_path / "room", "--port", processes.free_port())
     assert code == 1
     assert "cannot enter" in error
     assert not (tmp_path / "room" / "database").exists()

@@ -12,8 +12,8 @@ import psutil
 import pytest
 from serving_support import left
 
+from helpers import processes
 from helpers.environment import ROOT
-from helpers.serving import background
 
 pytestmark = pytest.mark.command
 
@@ -75,8 +75,8 @@ def test_no_module_of_ours_needs_posix_to_be_imported():
 @pytest.mark.server
 @pytest.mark.parametrize("how", ["the block ends", "the server is killed"])
 def test_a_child_in_a_session_of_its_own_ends_with_its_server(how):
-    port, others = background.free_port(), set(psutil.Process().children())
-    with background.running([sys.executable, "-c", PARENT, str(port)], port, "a server", 60):
+    port, others = processes.free_port(), set(psutil.Process().children())
+    with processes.running([sys.executable, "-c", PARENT, str(port)], port, "a server", 60):
         (supervisor,) = set(psutil.Process().children()) - others
         (server,) = supervisor.children()
         (child,) = server.children()
@@ -92,12 +92,12 @@ def test_a_process_that_takes_no_hint_is_ended_by_force():
         process.stdout.readline()
         root = psutil.Process(process.pid)
         family = [root, *root.children()]
-        background.end([root], seconds=0.5)
+        processes.end([root], seconds=0.5)
         assert left(family, seconds=0) == []
 
 
 def test_a_full_disk_costs_the_log_and_leaves_no_server_behind():
-    command = [sys.executable, background.__file__, "sh", "-c", "echo started; exec sleep 600"]
+    command = [sys.executable, processes.__file__, "sh", "-c", "echo started; exec sleep 600"]
     with open("/dev/full", "w", encoding="utf-8") as full:
         supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=full, stderr=subprocess.PIPE)
     family = psutil.Process(supervisor.pid)
@@ -133,4 +133,4 @@ def test_a_server_on_this_machine_is_asked_past_a_proxy(healthy_url, monkeypatch
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    assert background.answers(healthy_url)
+    assert processes.answers(healthy_url)

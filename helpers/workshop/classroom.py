@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.serving import background
+from helpers import processes
 
 # Where initdb and postgres are, since few put them on PATH: Debian, PostgreSQL's own RPMs, Homebrew.
 PLACES = (
@@ -78,7 +78,7 @@ def running(
     names = _names(host, allowed_hosts)
     if workers < 1:
         raise ValueError(f"workers={workers} is less than 1. Two for each core is plenty.")
-    port = port or background.free_port()
+    port = port or processes.free_port()
     here = _from_here(host, port)
     _check_free(host, port)
     postgres = binaries()
@@ -99,7 +99,7 @@ def running(
             # learner's own workspace in this shell must not become the server's.
             command = ["env", "-u", "MLFLOW_WORKSPACE", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", *command]
             log = folder / "mlflow.log"
-            with background.running(command, port, "MLflow", 300, url=here, log_file=log):
+            with processes.running(command, port, "MLflow", 300, url=here, log_file=log):
                 yield f"http://{names[-1]}:{port}" if host in ANYWHERE else here
     except Timeout:
         raise RuntimeError(f"A classroom server already runs over {folder}. Stop it first.") from None
@@ -156,7 +156,7 @@ def _database(postgres: Path, folder: Path, workers: int) -> Iterator[str]:
         settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         command = [*_become(user), str(postgres / "postgres"), "-D", str(data), *settings]
         ready = [str(postgres / "pg_isready"), "--quiet", "--host", place]
-        with background.running(
+        with processes.running(
             command,
             0,
             "PostgreSQL",
@@ -259,7 +259,7 @@ def _is_loopback(host: str) -> bool:
 
 def _check_free(host: str, port: int) -> None:
     try:
-        background.refuse_if_taken(port, host)
+        processes.refuse_if_taken(port, host)
     except RuntimeError:
         raise RuntimeError(
             f"MLflow cannot listen on port {port} of {host}: another program has it in use. "
@@ -286,6 +286,6 @@ def _wait_until_gone(uri: str) -> None:
     heard = time.monotonic()
     while time.monotonic() - heard < SILENCE:
         with contextlib.suppress(OSError):
-            background.answers(uri)
+            processes.answers(uri)
             heard = time.monotonic()
         time.sleep(2)

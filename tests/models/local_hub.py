@@ -25,7 +25,6 @@ REFUSALS = {
     500: (500, {}),
     "no token": (401, {"X-Error-Code": "GatedRepo"}),
     "wrong token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
-    "proxy": (403, {}),  # not the Hub's word
 }
 
 
@@ -40,7 +39,6 @@ class LocalHub:
         changed: names of files that are sent with one byte changed.
         short: names of files of which the first half is sent as if it were the whole.
         claimed: file name → bytes that the listing says it has.
-        checksums: file name → what the listing gives as its checksum.
         slow: names of files that stall half-way until the server ends.
         fetched: paths of the files sent, in order, with the first byte asked for.
         asked: (seconds, repository, path in it) of all requests for files, refused ones too.
@@ -57,7 +55,6 @@ class LocalHub:
         self.changed: set[str] = set()
         self.short: set[str] = set()
         self.claimed: dict[str, int] = {}
-        self.checksums: dict[str, str] = {}
         self.slow: set[str] = set()
         self.ended = threading.Event()
         self.fetched: list[tuple[str, int]] = []
@@ -124,11 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         for path, content in self.hub.repositories[repo].items():
             name = path.rpartition("/")[2]
             size = self.hub.claimed.get(name, len(content))
-            entry = {"rfilename": path, "size": size}
-            entry["blobId"] = self.hub.checksums.get(name, _blob_id(content))
+            entry = {"rfilename": path, "size": size, "blobId": _blob_id(content)}
             if _is_large(path):
-                sha256 = self.hub.checksums.get(name, _sha256(content))
-                entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
+                entry["lfs"] = {"sha256": _sha256(content), "size": size, "pointerSize": 134}
             siblings.append(entry)
         answer = {"id": repo, "sha": self.hub.commits.get(repo, COMMIT), "siblings": siblings}
         self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from helpers import errors, progress
+from helpers import errors
 from helpers.models import catalog, export, fetch, folders
 from helpers.parameters import ParameterError
 
@@ -38,7 +38,7 @@ def copied(weights: Path, tiny_phi3_checkpoint: Path) -> Path:
 def start(name: str, **environment: str) -> subprocess.Popen:
     """Fetch in a process of its own, which prints the folder or the sentence of the error."""
     code = (
-        "import sys\nfrom helpers.models import catalog, fetch, folders\n"
+        "import sys\nfrom helpers import errors\nfrom helpers.models import catalog, fetch\n"
         f"try: print(fetch.checkpoint(catalog.find({name!r})))\n"
         "except errors.ModelUnavailable as error: sys.exit(f'error: {error}')\n"
     )
@@ -130,27 +130,35 @@ def test_the_second_call_does_no_work_and_needs_no_right_to_write(copied: Path):
     assert {path: path.stat().st_mtime_ns for path in [copied, *copied.iterdir()]} == before
 
 
-def test_another_recipe_replaces_the_folder(tmp_path: Path):
+def test_a_folder_is_made_once_for_each_recipe_and_another_recipe_replaces_it(tmp_path: Path):
     folder = tmp_path / "made"
-
-    def write(staging: Path, progress: progress.Progress) -> dict:
-        (staging / f"{len(list(tmp_path.rglob('*.txt')))}.txt").write_text("content", encoding="utf-8")
-        return {"source_model": "x", "source_revision": "1", "licence": "MIT"}
-
+    made = []
     for version in (1, 1, 2):
-        folders.make(folder, {"version": version}, write, label="x")
-    assert sorted(path.name for path in folder.iterdir()) == ["1.txt", "manifest.json"]
+        with folders.building(folder, {"version": version}, label="x") as staging:
+            if staging:
+                made.append(version)
+                (staging.path / f"{version}.txt").write_text("content", encoding="utf-8")
+    assert made == [1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == ["2.txt", "manifest.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
+
+
+def test_a_try_that_fails_leaves_nothing(tmp_path: Path):
+    def interrupted() -> None:
+        with folders.building(tmp_path / "made", {}, label="x") as staging:
+            (staging.path / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
 
 
 # A folder that was copied or damaged
 
 
-def test_a_whole_copy_passes_verification(copied: Path):
-    fetch.verify(copied)
-
-
 def test_a_corrupted_file_is_named(copied: Path):
+    fetch.verify(copied)
     weights_file = copied / "model.safetensors"
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
@@ -257,13 +265,13 @@ def test_a_file_that_cannot_be_converted_says_so_and_leaves_nothing(package: cat
     assert [path.name for path in (weights / "small").iterdir()] == [".checkpoint.lock"]
 
 
-def test_a_full_disk_is_told_before_the_work(package: catalog.Model):
+def test_a_full_disk_is_reported_before_the_work(package: catalog.Model):
     with pytest.raises(errors.ModelUnavailable, match=r"small needs 2,000,000,000 MB of disk .*WEIGHTS_DIR"):
         fetch.checkpoint(replace(package, disk=10**15))
 
 
 @pytest.mark.models
-def test_a_read_only_weights_folder_is_told_and_stays_empty(weights: Path):
+def test_a_read_only_weights_folder_is_reported_and_stays_empty(weights: Path):
     weights.mkdir(mode=0o555)
     said = finish(start("tiny-phi3"))
     assert said == (
@@ -295,15 +303,6 @@ def test_the_embedded_model_survives_a_kill_and_is_the_same_everywhere(
 
 def test_a_local_checkpoint_is_used_where_it_lies(tiny_phi3_checkpoint: Path):
     assert fetch.checkpoint(catalog.find(str(tiny_phi3_checkpoint))) == tiny_phi3_checkpoint
-
-
-def test_pickled_weights_are_not_read(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    for beside in ("nothing", "other.safetensors"):  # which transformers would pass over
-        (tmp_path / beside).write_bytes(b"")
-        with pytest.raises(errors.ModelUnavailable, match=r"needs config\.json and model\.safetensors or"):
-            fetch.checkpoint(catalog.find(str(tmp_path)))
 
 
 def test_the_source_of_a_model_is_known(tiny_phi3_checkpoint: Path, tmp_path: Path):

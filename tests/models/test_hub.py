@@ -104,7 +104,7 @@ def wait_until(condition, seconds: float = 600) -> None:
 
 
 def part_has_arrived(weights: Path) -> bool:
-    return any(part.stat().st_size == PIECE for part in weights.glob("*/.*.partial/.parts/*"))
+    return any(part.stat().st_size == PIECE for part in weights.glob("*/.*.partial/*.part"))
 
 
 def every_file_came_once(hub: LocalHub) -> bool:
@@ -184,7 +184,7 @@ def test_after_ctrl_c_or_a_kill_the_next_command_goes_on_in_the_middle_of_the_fi
         assert [path for _, repo, path in hub.asked if repo == CHECKPOINT] == [LARGE]
 
 
-def test_a_hub_that_goes_away_in_the_middle_is_told_and_the_next_command_goes_on(repositories, weights):
+def test_a_hub_that_goes_away_in_the_middle_is_reported_and_the_next_command_goes_on(repositories, weights):
     with LocalHub(repositories, published.COMMITS).serve() as hub:
         hub.slow.add(LARGE)
         process = start(hub, weights)
@@ -215,7 +215,7 @@ def small_disk(weights: Path) -> list[str]:
     return [*own, "sh", "-c", script, str(weights), *command()]
 
 
-def test_a_disk_that_fills_up_is_told_and_with_room_the_next_command_goes_on(hub, weights, small_disk):
+def test_a_disk_that_fills_up_is_reported_and_with_room_the_next_command_goes_on(hub, weights, small_disk):
     hub.slow.add(LARGE)
     process = start(hub, weights, *small_disk)
     assert process.stdout.readline() == "full\n"
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_up_is_told_and_with_room_the_next_command_goes_on(hub
     assert hub.starts("config.json") == [0]
 
 
-def test_too_little_room_is_told_before_anything_is_fetched(hub, weights):
+def test_too_little_room_is_reported_before_anything_is_fetched(hub, weights):
     hub.claimed[LARGE] = 10**15
     said = fail(start(hub, weights), weights)
     assert said.startswith("phi-3-mini needs 1,000,000,000 MB of disk and ")
@@ -244,27 +244,27 @@ def test_too_little_room_is_told_before_anything_is_fetched(hub, weights):
 # A file that is not what it should be
 
 
-@pytest.mark.parametrize("name", [LARGE, "tokenizer.json"])
-def test_a_truncated_file_that_claims_to_be_whole_is_dropped(hub, weights, name, repositories):
-    hub.short.add(name)
-    size = len(repositories[CHECKPOINT][name])
-    said = fail(start(hub, weights), weights)
+def test_a_truncated_file_that_claims_to_be_whole_is_dropped_and_only_it_is_fetched_again(
+    hub, weights, content
+):
+    hub.short.add(LARGE)
+    size = len(content)
     wrong = f"arrived with {size // 2:,} of {size:,} bytes, and was dropped"
-    assert said == f"{name} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
+    assert fail(start(hub, weights), weights) == f"{LARGE} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
     hub.short.clear()
-    hub.fetched.clear()
-    succeed(start(hub, weights), weights)
-    assert hub.starts(name)[0] == 0
-    assert "config.json" not in {path for path, _ in hub.fetched}
+    only_it_is_fetched_again(hub, weights, LARGE)
 
 
-@pytest.mark.parametrize("name", [LARGE, "tokenizer.json"])
+@pytest.mark.parametrize("name", [LARGE, "tokenizer.json"])  # listed with a sha256, and a sha1
 def test_a_file_with_a_wrong_checksum_is_dropped_and_only_it_is_fetched_again(hub, weights, name):
     hub.changed.add(name)
-    said = fail(start(hub, weights), weights)
     wrong = "arrived with a checksum the Hub does not list, and was dropped"
-    assert said == f"{name} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
+    assert fail(start(hub, weights), weights) == f"{name} of {CHECKPOINT} {wrong}. {TRY_AGAIN}"
     hub.changed.clear()
+    only_it_is_fetched_again(hub, weights, name)
+
+
+def only_it_is_fetched_again(hub: LocalHub, weights: Path, name: str) -> None:
     hub.fetched.clear()
     succeed(start(hub, weights), weights)
     assert hub.starts(name)[0] == 0
@@ -304,22 +304,18 @@ WRONG_TOKEN = (
     [
         (CHECKPOINT, 401, NO_MODEL),
         (CHECKPOINT, 403, GATED),
-        (CHECKPOINT, 404, NO_MODEL),
         (CHECKPOINT, 429, BUSY),
         (CHECKPOINT, "wrong token", WRONG_TOKEN),
-        ("config.json", "wrong token", WRONG_TOKEN),
         ("config.json", "no token", GATED),  # anyone may see the list of a gated repository's files
-        ("config.json", 403, GATED),
     ],
 )
-def test_a_refusal_is_told_with_the_next_step(hub, weights, place, status, sentence):
+def test_a_refusal_is_reported_with_the_next_step(hub, weights, place, status, sentence):
     hub.status[place] = status
     assert fail(start(hub, weights), weights) == sentence
 
 
-@pytest.mark.parametrize("status", [500, "proxy"])  # a proxy's 403 does not speak of the model
-def test_a_failing_hub_or_a_refusing_proxy_is_told(hub, weights, status):
-    hub.status[CHECKPOINT] = status
+def test_a_failing_hub_is_reported(hub, weights):
+    hub.status[CHECKPOINT] = 500
     said = fail(start(hub, weights), weights)
     assert said.startswith(f"{CHECKPOINT} could not be fetched (HfHubHTTPError: ")
 
@@ -331,7 +327,7 @@ def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(hub, weights):
     assert second - first >= 3  # its Retry-After
 
 
-def test_an_unknown_repository_or_revision_is_told(hub, weights):
+def test_an_unknown_repository_or_revision_is_reported(hub, weights):
     for name, sentence in (
         ("org/none", "The Hub has no model org/none, or it is private. Check the name, or set HF_TOKEN."),
         (
@@ -341,11 +337,6 @@ def test_an_unknown_repository_or_revision_is_told(hub, weights):
         ),
     ):
         assert fail(start(hub, weights, *command(name)), weights) == sentence
-
-
-def test_a_hub_that_does_not_answer_is_told(weights):
-    said = fail(start("http://127.0.0.1:9", weights), weights)
-    assert said.startswith(f"{CHECKPOINT} could not be fetched (ConnectError: ")
 
 
 def test_the_hubs_own_offline_switch_counts(hub, weights):

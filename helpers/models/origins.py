@@ -145,8 +145,8 @@ class Hub:
     def write(self, staging: Staging) -> dict[str, str]:
         """Fetch the files and the licences, the small ones first, and compare each with the Hub's checksum.
 
-        huggingface_hub's own `snapshot_download` (1.33) deletes a half-fetched file when it is interrupted, and
-        compares sizes only. Here the next try goes on in the middle of the file, in whatever process; for
+        huggingface_hub's own `snapshot_download` (1.33) deletes a half-fetched file when it is interrupted,
+        and compares sizes only. Here the next try goes on in the middle of the file, in whatever process; for
         Phi-3-mini that saves up to 5 GB. Xet cannot do that either, so files come over plain HTTP.
 
         Raises:

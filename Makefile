@@ -2,10 +2,10 @@
 #   make run MODEL=tiny-phi3 PARAMS='-p max_new_tokens 16' TRACKING_URI=http://127.0.0.1:5000
 # WEIGHTS_DIR, TORCH_BACKEND and WHEELHOUSE are read from the environment, which make's command line is a part of.
 .DEFAULT_GOAL := help
-# .venv's own Python, or else the first of a supported version that starts.
-PYTHON := $(or $(PYTHON),$(shell for p in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
-  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; \
-  done))
+# .venv's own Python, or else the first of a supported version that starts; by its path, for PATH changes below.
+PYTHON := $(or $(PYTHON),$(shell for name in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
+  p=$$(command -v $$name) && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+  2>/dev/null && echo $$p && break; done))
 VENV := .venv/bin
 RUN := $(VENV)/python -m helpers
 NOTEBOOK ?= notebooks/01_TransformerPipeline.ipynb

@@ -66,7 +66,8 @@ def _contents(folder: Path, wanted: dict[str, str]) -> list[str]:
     for wheel in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(wheel.name)
         if name in wanted and Version(wanted[name]) == version:
-            digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            with wheel.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
             lines.append(f"{name}=={version} --hash=sha256:{digest}  # {wheel.name}")
     return lines
 

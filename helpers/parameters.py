@@ -1,4 +1,4 @@
-"""What a notebook may be asked for: one check, before any work, with one clear sentence when it fails."""
+"""What a notebook may be given: one check, before any work, with one clear sentence when it fails."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 from urllib.parse import unquote
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from helpers import ROOT
 from helpers.errors import ParameterError
@@ -17,20 +19,74 @@ from helpers.models import catalog
 VARIABLE = "MLFLOW_TRACKING_URI"  # names the store where no parameter does
 
 
-def check(**parameters: object) -> catalog.Model:
+def _whole(lowest: int, highest: int, example: str) -> object:
+    description = f"a whole number from {lowest} to {highest:,}"
+    return Annotated[int, Field(ge=lowest, le=highest, description=description, examples=[example])]
+
+
+def _known_model(name: str) -> str:
+    catalog.find(name)
+    return name
+
+
+Text = Annotated[
+    str, Field(pattern=r"\S", description="a text with at least one character", examples=['"some text"'])
+]
+Switch = Annotated[bool, Field(description="True or False (written with a capital)", examples=["True"])]
+
+
+class Parameters(BaseModel):
+    """The cells of parameters of both notebooks. Strict: papermill's text 'false' is no switch.
+
+    A field's description says what is allowed, and its example how to set it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: Annotated[Text, AfterValidator(_known_model)]
+    question: Text = ""
+    prompt: Text = ""
+    precision: Annotated[
+        Literal[catalog.PRECISIONS],
+        Field(description=f"one of {', '.join(catalog.PRECISIONS)}", examples=["int4"]),
+    ] = "int4"
+    threads: _whole(0, 1024, "2") = 0
+    max_new_tokens: _whole(1, 4096, "64") = 64
+    tracking_uri: Annotated[
+        str,
+        AfterValidator(lambda uri: store(uri, "tracking_uri")),
+        Field(description="a text (empty: the project's own mlflow.db)", examples=["http://127.0.0.1:5000"]),
+    ] = ""
+    experiment: Text = ""
+    offline: Switch = False
+    seed: _whole(0, 2**31 - 1, "7") = 7
+    serve: Switch = True
+    spark: Switch = False
+
+
+def check(**given: object) -> catalog.Model:
     """Check a notebook's parameters by name and return the catalogue entry of `model`.
 
-    Args:
-        parameters: any of the names in a `parameters` cell, with the values papermill or the reader gave.
     Raises:
         ParameterError: for the first that cannot be used: its value, what is allowed, how to set it.
-        TypeError: for a name that has no check (a mistake in the notebook, not in its parameters).
+        TypeError: for a name that `Parameters` lacks (a mistake in the notebook).
     """
-    for name, value in parameters.items():
-        if name not in _CHECKS:
-            raise TypeError(f"helpers.parameters has no check for {name!r}")
-        _CHECKS[name](name, value)
-    return catalog.find(parameters["model"])
+    if unknown := given.keys() - Parameters.model_fields.keys():
+        raise TypeError(f"helpers.parameters.Parameters has no field {', '.join(unknown)}.")
+    try:
+        return catalog.find(Parameters(**given).model)
+    except ValidationError as error:
+        first = error.errors()[0]
+    name, value = first["loc"][0], first["input"]
+    if said := first.get("ctx", {}).get("error"):  # one of our own sentences
+        raise ParameterError(str(said))
+    field = Parameters.model_fields[name]
+    if field.annotation is str and name != "tracking_uri" and isinstance(value, (bool, int, float)):
+        raise ParameterError(
+            f"{name}={value!r} is not a text. papermill's -p reads numbers, True and False as what they look "
+            f"like; -r leaves them a text: -r {name} {value} In the notebook's cell, put it in quotes."
+        )
+    raise _error(name, value, field.description, field.examples[0])
 
 
 def convert(name: str, text: str, type_name: str) -> object:
@@ -39,17 +95,29 @@ def convert(name: str, text: str, type_name: str) -> object:
     Raises:
         ParameterError: if the text is not a value of that type.
     """
-    if type_name == "bool":
-        if text.lower() not in ("true", "false"):
-            raise _error(name, text, "true or false", "True")
-        return text.lower() == "true"
-    if type_name not in ("int", "float"):
+    kinds = {"bool": ("true or false", "True"), "int": ("a whole number", "64"), "float": ("a number", "0.5")}
+    if type_name not in kinds:
         return text
     try:
+        if type_name == "bool":
+            return {"true": True, "false": False}[text.lower()]
         return int(text) if type_name == "int" else float(text)
-    except ValueError:
-        kind, example = ("a whole number", "64") if type_name == "int" else ("a number", "0.5")
-        raise _error(name, text, kind, example) from None
+    except (KeyError, ValueError):
+        raise _error(name, text, *kinds[type_name]) from None
+
+
+def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
+    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with {_setting(name, example)}")
+
+
+def _setting(name: str, value: str) -> str:
+    """How to give a value to a notebook's parameter, to a command's option, or to the variable."""
+    if name == VARIABLE:
+        return f"export {name}={value}"
+    return f"{name} {value}" if name.startswith("--") else f"-p {name} {value}"
+
+
+# The store: MLflow's tracking URI
 
 
 def without_password(uri: str) -> str:
@@ -87,151 +155,74 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def store(uri: str, name: str = "tracking_uri") -> str:
-    """Check which store a command gets, and return its URI, resolved; "" for the project's own.
+    """Check which store is meant, and return its URI, resolved; "" for the project's own.
 
     Args:
         uri: as it was given; if it is empty, MLFLOW_TRACKING_URI counts.
         name: what the message calls it; a command's option begins with `--`.
     Raises:
-        ParameterError: if it cannot be used.
+        ParameterError: if it is none of a reachable server, a database that opens, or a file in a folder.
     """
-    _tracking_uri(name, uri)
-    return resolved(uri or os.environ.get(VARIABLE, ""))
-
-
-def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
-    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with {_setting(name, example)}")
-
-
-def _setting(name: str, value: str) -> str:
-    """How to give a value to a notebook's parameter, to a command's option, or to the variable."""
-    if name == VARIABLE:
-        return f"export {name}={value}"
-    return f"{name} {value}" if name.startswith("--") else f"-p {name} {value}"
-
-
-def _without(name: str) -> str:
-    return f"unset {name}" if name == VARIABLE else f"leave {name} empty"
-
-
-def _text(name: str, value: object) -> None:
-    if isinstance(value, (bool, int, float)):
+    shown = without_password(uri)
+    if shown != uri and not name.startswith("--"):
         raise ParameterError(
-            f"{name}={value!r} is not a text. papermill's -p reads numbers, True and False as what they look "
-            f"like; -r leaves them a text: -r {name} {value} In the notebook's cell, put it in quotes."
-        )
-    if not isinstance(value, str) or not value.strip():
-        raise _error(name, value, "a text with at least one character", '"some text"')
-
-
-def _switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise _error(name, value, "True or False (written with a capital)", "True")
-
-
-def _whole(lowest: int, highest: int, example: str):
-    def _check(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-            raise _error(name, value, f"a whole number from {lowest} to {highest:,}", example)
-
-    return _check
-
-
-def _model(name: str, value: object) -> None:
-    _text(name, value)
-    _in_catalogue(catalog.find, value)
-
-
-def _precision(name: str, value: object) -> None:
-    _in_catalogue(catalog.check_precision, value)
-
-
-def _in_catalogue(check: Callable[[object], object], value: object) -> None:
-    try:
-        check(value)
-    except ValueError as error:
-        raise ParameterError(str(error)) from None
-
-
-def _tracking_uri(name: str, value: object) -> None:
-    """Accept the empty text (the project's own store), a reachable server, or a database URI."""
-    if not isinstance(value, str):
-        raise _error(name, value, "a text (empty: the project's own mlflow.db)", "http://127.0.0.1:5000")
-    if without_password(value) != value and not name.startswith("--"):
-        raise ParameterError(
-            f"{name}={without_password(value)!r} holds a password, and parameters are saved in the notebook. "
+            f"{name}={shown!r} holds a password, and parameters are saved in the notebook. "
             f"Set the environment variable {VARIABLE} to it instead, and leave {name} empty."
         )
-    if not value:
-        name, value = VARIABLE, os.environ.get(VARIABLE, "")
-    uri = resolved(value)
-    if uri.startswith(("http://", "https://")):
-        _reachable(name, uri)
-    elif file := sqlite_file(value):
-        if file.is_dir() or not file.parent.is_dir():
-            wrong = "is a folder, not a file" if file.is_dir() else "lies in a folder that does not exist"
-            raise ParameterError(
-                f"{name}={uri!r} {wrong}. Make that folder, or name another file: "
-                f"{_setting(name, 'sqlite:////absolute/path/mlflow.db')}"
-            )
-    elif uri.startswith("postgresql+psycopg2://"):
-        _opens(name, value)
-    elif uri:
-        raise _error(
-            name,
-            without_password(uri),
-            "empty, a server (http://…) or a database (sqlite:///…, postgresql://…)",
-            "http://127.0.0.1:5000",
+    if not uri:
+        name, uri = VARIABLE, os.environ.get(VARIABLE, "")
+    wanted = resolved(uri)
+    shown = without_password(uri)
+    leave = f"unset {name}" if name == VARIABLE else f"leave {name} empty"
+    own = f"or {leave} to use the project's own mlflow.db."
+    if wanted.startswith(("http://", "https://")):
+        wrong = _silent(wanted)
+        fix = f"Start it with `mlflow server`, {own}"
+    elif wanted.startswith("postgresql+psycopg2://"):
+        wrong = _closed(wanted)
+        fix = f"Start PostgreSQL and make the database, {own}"
+    elif file := sqlite_file(uri):
+        shown = wanted
+        wrong = _misplaced(file)
+        example = _setting(name, "sqlite:////absolute/path/mlflow.db")
+        fix = f"Make that folder, or name another file: {example}"
+    else:
+        wrong = (
+            "is not empty, a server (http://…) or a database (sqlite:///…, postgresql://…)" if wanted else ""
         )
+        fix = f"Set it with {_setting(name, 'http://127.0.0.1:5000')}"
+    if wrong:
+        raise ParameterError(f"{name}={shown!r} {wrong}. {fix}")
+    return wanted
 
 
-def _reachable(name: str, uri: str, timeout: float = 5.0) -> None:
-    """Ask the server's health page; any HTTP answer proves a server, so a log-in page is no error here."""
+def _misplaced(file: Path) -> str:
+    """Say so if a database file cannot be in this place."""
+    if file.is_dir():
+        return "is a folder, not a file"
+    return "" if file.parent.is_dir() else "lies in a folder that does not exist"
+
+
+def _silent(url: str) -> str:
+    """Say so if a server does not answer; any HTTP answer will do, also one that asks for a password."""
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5).close()
     except urllib.error.HTTPError:
-        return
+        return ""
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ParameterError(
-            f"{name}={without_password(uri)!r} does not answer ({reason}). Start it with `mlflow server`, "
-            f"or {_without(name)} to use the project's own mlflow.db."
-        ) from None
+        return f"does not answer ({getattr(error, 'reason', error)})"
+    return ""
 
 
-def _opens(name: str, uri: str, timeout: int = 4) -> None:
-    """Open the database as MLflow would, which tries for minutes and then shows all its frames.
+def _closed(url: str) -> str:
+    """Say so if a database does not open. MLflow itself would try for minutes and show all its frames."""
+    import sqlalchemy
 
-    Args:
-        timeout: seconds for each address of the host; `localhost` has two.
-    """
     try:
-        import sqlalchemy
-    except ImportError:  # the doctor, before set-up
-        return
-    try:
-        engine = sqlalchemy.create_engine(resolved(uri), connect_args={"connect_timeout": timeout})
+        # Seconds for each address of the host; `localhost` has two.
+        engine = sqlalchemy.create_engine(url, connect_args={"connect_timeout": 4})
         engine.connect().close()
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        raise ParameterError(
-            f"{name}={without_password(uri)!r} cannot be opened ({reason}). Start PostgreSQL and make the "
-            f"database, or {_without(name)} to use the project's own mlflow.db."
-        ) from None
-
-
-_CHECKS = {
-    "model": _model,
-    "precision": _precision,
-    "question": _text,
-    "prompt": _text,
-    "experiment": _text,
-    "max_new_tokens": _whole(1, 4096, "64"),
-    "threads": _whole(0, 1024, "2"),
-    "seed": _whole(0, 2**31 - 1, "7"),
-    "offline": _switch,
-    "serve": _switch,
-    "spark": _switch,
-    "tracking_uri": _tracking_uri,
-}
+        return f"cannot be opened ({str(getattr(error, 'orig', error)).strip().splitlines()[0]})"
+    return ""

@@ -57,9 +57,8 @@ def test_every_locked_package_is_looked_up_and_a_known_flaw_fails_the_audit(tmp_
     with database({"jinja2": flaw}) as (url, asked):
         assert environment.audit(lock, url) == 1
     assert sorted(asked) == ["idna", "jinja2"]
-    assert capsys.readouterr().out.splitlines() == [
-        "jinja2 3.1.2: GHSA-h5c8-rqwp-cp95, mended in 3.1.3: https://osv.dev/GHSA-h5c8-rqwp-cp95",
-        "2 packages looked up, 1 known vulnerabilities.",
+    assert ["jinja2", "3.1.2", "GHSA-h5c8-rqwp-cp95", "3.1.3"] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
     ]
 
 
@@ -68,7 +67,7 @@ def test_the_lock_itself_can_be_looked_up(capsys):
         assert environment.audit(service=url) == 0
     locked = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if "==" in line]
     assert len(locked) - 20 < len(asked) <= len(locked)  # some are for other platforms
-    assert capsys.readouterr().out == f"{len(asked)} packages looked up, 0 known vulnerabilities.\n"
+    assert "No known vulnerabilities found" in capsys.readouterr().out
 
 
 def test_a_database_out_of_reach_is_one_sentence_and_no_clean_bill():

@@ -118,7 +118,7 @@ def test_an_unsupported_python_is_refused_in_one_sentence(monkeypatch, tmp_path)
     assert not (tmp_path / ".venv").exists()
 
 
-# An environment that does not stand any more
+# An environment that is not what it was
 
 
 @pytest.fixture(scope="module")
@@ -131,47 +131,44 @@ def small_lock(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prefix(small_lock, tmp_path_factory) -> Iterator[Path]:
-    """An environment that has been set up, and that each test leaves standing."""
+    """An environment that has been set up, and that each test leaves whole."""
     prefix = tmp_path_factory.mktemp("place") / ".venv"
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WHEELHOUSE", raising=False)
         patch.setenv("TORCH_BACKEND", "cpu")  # no torch is locked that could be looked for
         assert environment.setup(prefix, small_lock)
         assert environment.is_current(prefix, small_lock)
         yield prefix
 
 
-@pytest.mark.environment
-def test_an_environment_that_stands_is_added_to_and_keeps_what_else_is_in_it(prefix, small_lock):
-    (prefix / "mine").touch()
+def _lose_its_python(prefix: Path) -> None:
+    for python in (prefix / "bin").glob("python*"):
+        python.unlink()
+        python.symlink_to("/gone/python")
+
+
+def _be_of_another_version(prefix: Path) -> None:
+    (prefix / "bin" / "python").unlink()
+    (prefix / "bin" / "python").write_text("#!/bin/sh\necho 3.10.1\n", encoding="utf-8")
+    (prefix / "bin" / "python").chmod(0o755)
+
+
+def _be_interrupted(prefix: Path) -> None:
     (prefix / environment.STAMP).unlink()
+
+
+@pytest.mark.environment
+@pytest.mark.parametrize("change", [_lose_its_python, _be_of_another_version, _be_interrupted])
+def test_an_environment_that_is_not_what_it_was_is_made_again(change, prefix, small_lock):
+    change(prefix)
+    assert not environment.is_current(prefix, small_lock)
     assert environment.setup(prefix, small_lock)
-    assert (prefix / "mine").exists()
+    assert environment.is_current(prefix, small_lock)
     assert not environment.setup(prefix, small_lock)
 
 
 @pytest.mark.environment
-def test_an_environment_whose_python_is_gone_is_made_anew(prefix, small_lock):
-    for python in (prefix / "bin").glob("python*"):
-        python.unlink()
-        python.symlink_to("/gone/python")
-    assert not environment.is_current(prefix, small_lock)
-    assert environment.setup(prefix, small_lock)
-    assert environment.is_current(prefix, small_lock)
-
-
-@pytest.mark.environment
-def test_an_environment_of_another_version_of_python_is_made_anew(prefix, small_lock):
-    (prefix / "bin" / "python").unlink()
-    (prefix / "bin" / "python").write_text(
-        "#!/bin/sh\necho 3 10\n", encoding="utf-8"
-    )  # it is not at hand everywhere
-    (prefix / "bin" / "python").chmod(0o755)
-    assert environment.setup(prefix, small_lock)
-    assert environment.is_current(prefix, small_lock)
-
-
-@pytest.mark.environment
-def test_an_environment_in_another_place_is_made_anew_also_by_its_own_python(prefix, small_lock, tmp_path):
+def test_a_moved_environment_is_made_again_also_by_its_own_python(prefix, small_lock, tmp_path):
     moved = tmp_path / "other place" / ".venv"
     shutil.copytree(prefix, moved, symlinks=True)
     code = (
@@ -187,7 +184,9 @@ def test_an_environment_in_another_place_is_made_anew_also_by_its_own_python(pre
 
 
 def test_the_set_up_code_needs_only_the_standard_library(tmp_path):
-    code = "import helpers.environment, sys; assert 'mlflow' not in sys.modules"
+    code = (
+        "import helpers.__main__, helpers.environment, helpers.workshop.doctor, helpers.workshop.wheelhouse"
+    )
     bare = [sys.executable, "-S", "-c", code]  # -S: without site-packages
     assert subprocess.run(bare, cwd=ROOT).returncode == 0
 

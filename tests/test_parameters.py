@@ -85,12 +85,17 @@ def test_a_store_of_the_environment_is_refused_in_the_variables_name(monkeypatch
         parameters.store("")
 
 
+def test_a_name_that_no_notebook_declares_is_the_notebooks_mistake():
+    with pytest.raises(TypeError, match="no field quetsion"):
+        parameters.check(**GOOD, quetsion="Why?")
+
+
 @pytest.mark.command
 def test_a_headless_run_refuses_the_environment_s_store_before_it_starts(monkeypatch, capsys):
     from helpers.__main__ import main
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    for command in (["run", "01"], ["containerfile", "--output", "nowhere"], ["serve"]):
+    for command in (["run", "01"], ["ui"], ["serve"]):
         assert main(command) == 2
         assert capsys.readouterr().err.startswith("error: MLFLOW_TRACKING_URI='./mlruns' is not")
 

@@ -17,6 +17,7 @@ import pytest
 
 from helpers import ROOT, environment
 from helpers.models import catalog, export, fetch
+from helpers.workshop import wheelhouse as wheels
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # two notebooks and a set-up, on any machine
 
@@ -218,8 +219,9 @@ def test_a_wheel_that_changed_on_the_way_stops_the_set_up(change, sentence, cut_
     wheel.write_bytes(original)
     change(wheel)
     ran = cut_off(
-        *(sys.executable, "-m", "helpers", "setup", "--wheelhouse", "stick"),
+        *(sys.executable, "-m", "helpers", "setup"),
         cwd=folder,
+        WHEELHOUSE="stick",
         UV_CACHE_DIR=tmp_path / "cache",
     )
     assert ran.returncode == 1
@@ -251,7 +253,7 @@ def test_a_wheelhouse_that_does_not_fit_is_refused_before_anything_is_made(
 
 
 def _rewrite(stick: Path, line: int, text: str) -> None:
-    contents = stick / environment.CONTENTS
+    contents = stick / wheels.CONTENTS
     lines = contents.read_text("utf-8").splitlines()
     contents.unlink()  # it may be a link to the original
     contents.write_text("\n".join([*lines[:line], text, *lines[line + 1 :]]), encoding="utf-8")

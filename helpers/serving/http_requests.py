@@ -83,7 +83,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         request_id = f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {}).update(id=request_id, body="not asked for")
+        scope.setdefault("state", {}).update(id=request_id, body_is_read=False)
         began = time.perf_counter()
         status = None
         complete = False
@@ -127,7 +127,6 @@ async def read_body(request: Request, longest: int) -> bytes:
     too_long = ApiError(413, f"The body is longer than {longest} bytes.")
     if int(request.headers.get("content-length", 0)) > longest:
         raise too_long
-    request.state.body = "asked for"
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -139,7 +138,7 @@ async def read_body(request: Request, longest: int) -> bytes:
         raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} s.") from None
     except ClientDisconnect:
         raise ApiError(499, "The client has gone.") from None
-    request.state.body = "read"
+    request.state.body_is_read = True
     return bytes(body)
 
 
@@ -171,11 +170,8 @@ async def refuse(request: Request, error: ApiError | HTTPException) -> JSONRespo
 
 async def _drop_body(request: Request) -> bool:
     """Read on what is left of a body, and drop it; whether its end has come."""
-    if request.state.body == "read":
+    if request.state.body_is_read:
         return True
-    if request.state.body == "not asked for" and "expect" in request.headers:
-        # This client sends its body when it is asked to, and now it is not.
-        return False
     dropped = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DROP_SECONDS):

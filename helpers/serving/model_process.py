@@ -153,7 +153,12 @@ def main() -> None:
     sys.stdout = sys.stderr
     model_uri, tracking_uri, trace_sampling = json.loads(messages.get())
     try:
-        served, start = _load(model_uri, tracking_uri, trace_sampling)
+        tracking.open_store(tracking_uri)
+        tracking.refuse_if_gone(model_uri)
+        served, start = chat_models.load(model_uri)
+        if trace_sampling:
+            # Beside the model, while `connect` would enter a server's workspace of that name.
+            tracking.choose_experiment(TRACES, "serve without traces (trace sampling 0).")
     except Exception as error:
         log.debug("loading failed", exc_info=True)
         print(json.dumps(str(error) or repr(error)), file=events, flush=True)
@@ -167,18 +172,6 @@ def main() -> None:
 
         mlflow.flush_trace_async_logging()
     os._exit(0)  # At once: a thread that still decodes must not keep the process.
-
-
-def _load(
-    model_uri: str, tracking_uri: str, trace_sampling: float
-) -> tuple[chat_models.ServedModel, chat_models.Start]:
-    tracking.open_store(tracking_uri)
-    tracking.refuse_if_gone(model_uri)
-    loaded = chat_models.load(model_uri)
-    if trace_sampling:
-        # Beside the model, while `connect` would enter a server's workspace of that name.
-        tracking.choose_experiment(TRACES, "serve without traces (trace sampling 0).")
-    return loaded
 
 
 @dataclass
@@ -211,11 +204,11 @@ class Worker:
         try:
             completion = self._running[request_id] = self._start(messages, params)
         except ValueError as error:
-            self._trace(call, error=error)
+            self._trace(call, None, error)
             marks = (error.code, error.param) if isinstance(error, chat_models.ContextLengthError) else ()
             self._send(request_id, "error", 400, str(error), *marks)
         except Exception as error:
-            self._trace(call, error=error)
+            self._trace(call, None, error)
             self._fail(request_id, error)
         else:
             self._send(request_id, "started")
@@ -232,7 +225,7 @@ class Worker:
                 if piece:
                     call.text += piece
                     self._send(call.id, "text", piece)
-            self._trace(call, completion)
+            self._trace(call, completion, None)
             usage = completion.prompt_tokens, completion.completion_tokens
             self._send(call.id, "end", usage, completion.finish_reason)
         except Exception as error:
@@ -250,36 +243,32 @@ class Worker:
         reason = "The model failed. The server's log has more under the request id."
         self._send(request_id, "error", 500, reason)
 
-    def _trace(self, call: Call, completion: Any = None, error: Exception | None = None) -> None:
+    def _trace(self, call: Call, completion: Any, error: Exception | None) -> None:
         """Leave a trace of a call that has ended, if it is one of the sample."""
-        if self._sampling and random.random() < self._sampling:
-            _write_trace(self._served, call, completion, error)
+        if not self._sampling or random.random() >= self._sampling:
+            return
+        import mlflow
 
-
-def _write_trace(
-    served: chat_models.ServedModel, call: Call, completion: Any, error: Exception | None
-) -> None:
-    import mlflow
-
-    names = {"model": served.name, "model_version": served.full_name}
-    span = mlflow.start_span_no_context(
-        "chat.completions",
-        span_type="CHAT_MODEL",
-        inputs={"messages": call.messages, **call.params},
-        attributes=names,
-        tags={"request_id": call.id, **names},
-        metadata={"mlflow.modelId": served.model_id} if served.model_id else None,
-        start_time_ns=call.started,
-    )
-    if completion:
-        read, written = completion.prompt_tokens, completion.completion_tokens
-        usage = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-        span.set_attribute("mlflow.chat.tokenUsage", usage)
-        message = {"role": "assistant", "content": call.text}
-        span.set_outputs({"choices": [{"message": message, "finish_reason": completion.finish_reason}]})
-    if error:
-        span.record_exception(error)
-    span.end()
+        served = self._served
+        names = {"model": served.name, "model_version": served.full_name}
+        span = mlflow.start_span_no_context(
+            "chat.completions",
+            span_type="CHAT_MODEL",
+            inputs={"messages": call.messages, **call.params},
+            attributes=names,
+            tags={"request_id": call.id, **names},
+            metadata={"mlflow.modelId": served.model_id} if served.model_id else None,
+            start_time_ns=call.started,
+        )
+        if completion:
+            read, written = completion.prompt_tokens, completion.completion_tokens
+            usage = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+            span.set_attribute("mlflow.chat.tokenUsage", usage)
+            message = {"role": "assistant", "content": call.text}
+            span.set_outputs({"choices": [{"message": message, "finish_reason": completion.finish_reason}]})
+        if error:
+            span.record_exception(error)
+        span.end()
 
 
 if __name__ == "__main__":

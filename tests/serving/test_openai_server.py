@@ -338,16 +338,6 @@ def test_a_body_without_an_end_is_cut_off(tiny):
         assert send_until_cut_off(connection, bytes(1_000_000), 0, most=10**9) < 10**9
 
 
-def test_an_answer_comes_before_the_body_if_the_client_waits_for_leave_to_send_it(tiny):
-    port = int(tiny.url.rpartition(":")[2])
-    head = f"Host: localhost:{port}\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(
-            f"POST /v1/chat/completions HTTP/1.1\r\n{head}Content-Length: 2000000\r\n\r\n".encode()
-        )
-        assert is_openai_error(reply_on(connection), 413)  # And no `100 Continue` before.
-
-
 def test_a_client_that_goes_while_it_sends_is_counted_and_logged(tiny):
     gone = tiny.metric('chat_requests_total{status="499"}')
     tiny.connect(b"{", length=100).close()

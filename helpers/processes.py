@@ -1,8 +1,8 @@
-"""A server in the background for as long as a `with` block lasts.
+"""Start programs that end with this process: servers for a `with` block, and conversions.
 
-Run as a script, this file is the supervisor between the notebook's kernel and the server: it holds the read
-end of a pipe whose other end only the kernel has. However the kernel goes, even when it is killed, the
-operating system closes that end, and the supervisor takes the server down.
+However a process goes, even when it is killed, the operating system closes its pipes. So a child whose
+standard input is a pipe from its parent sees the end of that pipe when the parent has gone
+(`when_parent_ends`). A small supervisor does this for any program: `python -m helpers.processes PROGRAM …`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,104 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 from helpers.errors import ChildFailed
 
-MARK = "SERVER_MARK"  # in the environment of a server and of all that it starts
-STOP_SECONDS = 10  # how long the server may take to end by itself
+MARK = "PROGRAM_MARK"  # In the environment of a program and of all that it starts.
+STOP_SECONDS = 10  # How long a program may take to end by itself.
 LOG_LINES = 15
+
+
+@contextlib.contextmanager
+def program(command: Sequence[str], **options) -> Iterator[subprocess.Popen]:
+    """Run a program until the block or this process ends, and leave nothing of it behind.
+
+    Args:
+        options: as of subprocess.Popen.
+    Yields:
+        The supervisor, which ends with the program's exit code, or with 128 + the signal that ended it.
+    """
+    supervisor = [sys.executable, "-m", "helpers.processes", *command]
+    # In a session of its own, so that Ctrl-C reaches this process only.
+    child = subprocess.Popen(supervisor, stdin=subprocess.PIPE, start_new_session=True, **options)
+    try:
+        yield child
+    finally:
+        child.stdin.close()
+        child.wait()
+
+
+def when_parent_ends(act: Callable[[], object], receive: Callable[[bytes], object] | None = None) -> None:
+    """Call `act` when standard input ends, which is a pipe that only the parent can write to.
+
+    Args:
+        receive: called with each line that the parent sends. Both are called in a thread.
+    """
+
+    def read() -> None:
+        # Not sys.stdin: Python's shutdown would wait for its lock, which this thread holds.
+        with open(0, "rb", closefd=False) as lines:
+            for line in lines:
+                if receive:
+                    receive(line)
+        act()
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def _supervise(command: list[str]) -> int:
+    """Run a program until it ends or the parent does, and leave nothing of it. Returns its exit code."""
+    mark = uuid.uuid4().hex
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=os.environ | {MARK: mark})
+    root = psutil.Process(child.pid)
+    ended = threading.Event()
+    when_parent_ends(ended.set)
+    threading.Thread(target=lambda: (child.wait(), ended.set()), daemon=True).start()
+    ended.wait()
+    end([root, *_marked(mark)])
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    """A program's processes by their environment: once the first has gone, no tree holds its children."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                yield process
+
+
+def end(roots: Iterable[psutil.Process], seconds: float = STOP_SECONDS) -> None:
+    """End processes and all that they started: ask them to, wait, and use force on those that are left.
+
+    psutil's calls work on every system, while Windows has neither process groups nor SIGKILL.
+
+    Args:
+        seconds: how long they may take to end by themselves.
+    """
+    running = set(roots)
+    for signal, limit in (("terminate", seconds), ("kill", STOP_SECONDS)):
+        for root in list(running):
+            with contextlib.suppress(psutil.Error):
+                running.update(root.children(recursive=True))
+        for process in running:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, signal)()
+        deadline = time.monotonic() + limit
+        while (running := set(filter(_runs, running))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process runs. One that has ended and waits for its parent to notice does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.is_running()
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
@@ -66,107 +154,19 @@ def running(
     env = {**os.environ, **(secrets or {})} | {
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
         "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
-        # MLflow calls `uvicorn` by its name, and a kernel need not have its environment on PATH
+        # MLflow calls `uvicorn` by its name, and a kernel need not have its environment on PATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     with (
         tempfile.TemporaryDirectory(prefix="server-", ignore_cleanup_errors=True) as folder,
         (log_file or Path(folder) / "server.log").open("wb") as log,
+        program(command, stdout=log, stderr=subprocess.STDOUT, env=env) as server,
     ):
-        supervisor = subprocess.Popen(
-            [sys.executable, __file__, *command],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,  # Ctrl-C reaches the notebook only; ending the server is this block's job
-        )
-        root = psutil.Process(supervisor.pid)
-        try:
-            print(f"Starting {name} … ", end="", flush=True)
-            probe = healthy or answers
-            seconds = _wait_until_healthy(url, supervisor, startup_timeout, name, Path(log.name), probe)
-            print(f"ready at {url} after {seconds:.0f} s", flush=True)
-            yield url
-        finally:
-            supervisor.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                supervisor.wait(timeout=2 * STOP_SECONDS)
-            end([root], seconds=0)
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
-    """Make sure that a server can listen on a port: another program there could pass for it.
-
-    Raises:
-        RuntimeError: if the port is in use.
-        ValueError: if there is no such host or port on this machine, or this user may not have it.
-    """
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise RuntimeError(
-                f"port={port} of {host} is in use by another program. End that, or choose another port."
-            ) from None
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        raise ValueError(
-            f"host={host!r} with port={port} is not an address that this user can listen on ({reason}). "
-            "Choose one of this machine, such as 127.0.0.1, and a port from 1024 to 65535."
-        ) from None
-
-
-def end(roots: Iterable[psutil.Process], seconds: float = STOP_SECONDS) -> None:
-    """End processes and all that they started: ask them to, wait, and use force on those that are left.
-
-    psutil's calls work on every system, while Windows has neither process groups nor SIGKILL.
-
-    Args:
-        seconds: how long they may take to end by themselves.
-    """
-    for process in (family := _with_children(roots)):
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    for process in (rest := _with_children(_wait_for(family, seconds))):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    _wait_for(rest, STOP_SECONDS)
-
-
-def _with_children(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
-    family = set(roots)
-    for root in roots:
-        with contextlib.suppress(psutil.Error):
-            family.update(root.children(recursive=True))
-    return family
-
-
-def _wait_for(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
-    """Those that still run after a while. One that only waits to be reaped by its parent does not run."""
-    deadline = time.monotonic() + seconds
-    while (processes := set(filter(_runs, processes))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return processes
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.is_running()
-    except psutil.NoSuchProcess:
-        return False
-
-
-def answers(url: str) -> bool:
-    """True when `/health` of a server is answered, asked past any proxy; raises OSError when not."""
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=5).close()
-    return True
+        print(f"Starting {name} … ", end="", flush=True)
+        probe = healthy or answers
+        seconds = _wait_until_healthy(url, server, startup_timeout, name, Path(log.name), probe)
+        print(f"ready at {url} after {seconds:.0f} s", flush=True)
+        yield url
 
 
 def _wait_until_healthy(
@@ -194,92 +194,69 @@ def _wait_until_healthy(
     raise RuntimeError(f"{name[0].upper()}{name[1:]} {reason}. Its last log lines:\n{last_lines}")
 
 
-def _supervise(command: list[str]) -> int:
-    """Run `command` until it ends or stdin does, and leave nothing of it behind. Returns its exit code.
+def answers(url: str) -> bool:
+    """True when `/health` of a server is answered, asked past any proxy; raises OSError when not."""
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=5).close()
+    return True
 
-    Its output is passed on, because that tells when the last process has gone: MLflow starts another one,
-    and only with the last holder of the pipe does the output end.
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on right now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
+    """Make sure that a server can listen on a port: another program there could pass for it.
+
+    Raises:
+        RuntimeError: if the port is in use.
+        ValueError: if there is no such host or port on this machine, or this user may not have it.
     """
-    mark = uuid.uuid4().hex
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {MARK: mark},
-    )
-    first = psutil.Process(server.pid)
-    for wait in (_wait_for_stdin, server.wait):
-        threading.Thread(target=_end_after, args=(wait, first, mark), daemon=True).start()
-    while part := os.read(server.stdout.fileno(), 65536):
-        with contextlib.suppress(OSError):  # a full disk costs lines of the log, not the supervision
-            os.write(1, part)
-    return server.wait()
-
-
-def _wait_for_stdin() -> None:
-    while os.read(0, 1024):  # not sys.stdin: its lock would be in the way when this process ends
-        pass
-
-
-def _end_after(wait: Callable[[], object], first: psutil.Process, mark: str) -> None:
-    wait()
-    end([first, *_marked(mark)])
-
-
-def _marked(mark: str) -> Iterator[psutil.Process]:
-    """A server's processes by their environment: once the first has gone, no tree holds its children."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                yield process
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise RuntimeError(
+                f"port={port} of {host} is in use by another program. End that, or choose another port."
+            ) from None
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        raise ValueError(
+            f"host={host!r} with port={port} is not an address that this user can listen on ({reason}). "
+            "Choose one of this machine, such as 127.0.0.1, and a port from 1024 to 65535."
+        ) from None
 
 
 def run_module(
     module: str, *arguments: object, log: Path, watch: Callable[[str], None], what: str, **environment: str
 ) -> None:
-    """Run `python -m module arguments` in a child process that ends when this one does, however it ends.
+    """Run `python -m module arguments` to its end, unless this process ends before.
 
     Args:
-        log: takes the child's output; deleted if all went well.
+        log: takes its output; deleted if all went well.
         watch: called five times a second with the new output, for a progress bar.
-        what: what the child does, for the error.
-        environment: variables to set for the child.
+        what: what it does, for the error.
+        environment: variables to set for it.
     Raises:
         ChildFailed: with its exception, or the last lines of its output.
     """
-    command = [sys.executable, "-c", _CHILD, module, *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | environment
-    with log.open("wb") as sink, log.open("r", encoding="utf-8", errors="replace") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            while child.poll() is None:
-                time.sleep(0.2)
-                watch(output.read())
-        finally:
-            child.kill()
-            child.wait()
-            child.stdin.close()
-    if child.returncode < 0:
-        reason = (
-            f"its process was ended by signal {-child.returncode}, as the system does when memory runs out"
-        )
+    with (
+        log.open("wb") as sink,
+        log.open("r", encoding="utf-8", errors="replace") as output,
+        program(command, stdout=sink, stderr=subprocess.STDOUT, env=environment) as child,
+    ):
+        while child.poll() is None:
+            time.sleep(0.2)
+            watch(output.read())
+    if 128 < child.returncode < 192:
+        number = child.returncode - 128
+        reason = f"its process was ended by signal {number}, as the system does when memory runs out"
         raise ChildFailed(what, reason)
     if child.returncode:
         raise ChildFailed(what, _last_lines(log))
     log.unlink()
-
-
-# A blocking read in a thread ends with the pipe, hence with the parent, even if that was killed. os.read,
-# because a reader that holds sys.stdin's lock would crash the interpreter's shutdown.
-_CHILD = """
-import os, runpy, sys, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 
 def _last_lines(log: Path, count: int = 12) -> str:

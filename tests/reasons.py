@@ -22,7 +22,7 @@ STARTERS = {
     "helpers.__main__.main": "command",
     **dict.fromkeys(("papermill.execute_notebook", "nbclient.", "jupyter_client."), "kernel"),
     "nbconvert.preprocessors.ExecutePreprocessor": "kernel",
-    "helpers.serving.processes.running": "server",
+    "helpers.processes.running": "server",
     **dict.fromkeys(("playwright.sync_api.sync_playwright", "playwright.async_api."), "browser"),
     **dict.fromkeys(("venv.", "virtualenv.", "helpers.environment.setup."), "environment"),
     **dict.fromkeys(("mlflow.models.predict", "mlflow.run.", "mlflow.projects.run"), "environment"),

@@ -7,25 +7,26 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import psutil
 import pytest
-from serving_support import left
 
-from helpers import processes
-from helpers.environment import ROOT
+from helpers import ROOT, processes
+from helpers.errors import ChildFailed
 
 pytestmark = pytest.mark.command
 
-WITHOUT = "import os, signal\ndel os.killpg, os.getpgid, os.setsid, signal.SIGKILL\n"  # as on Windows
+# As on Windows.
+WITHOUT = "import os, signal\ndel os.killpg, os.getpgid, os.setsid, signal.SIGKILL\n"
 BLOCK = """
-import json, mlflow, psutil
-from helpers.serving import mlflow_server, openai_server
-for serve in (mlflow_server.serve, openai_server.running):
-    with serve({model_uri!r}) as url:
-        family = psutil.Process().children(recursive=True)
-        print(json.dumps([(each.pid, each.create_time()) for each in family]), flush=True)
-print("done")
+import json, psutil, sys
+from helpers import processes
+port = processes.free_port()
+with processes.running([sys.executable, "-c", {parent!r}, str(port)], port, "a server", 60):
+    family = psutil.Process().children(recursive=True)
+    print(json.dumps([each.pid for each in family]), flush=True)
 """
 PARENT = """
 import http.server, subprocess, sys
@@ -41,24 +42,28 @@ STUBBORN = (
 )
 
 
-@pytest.mark.server
-def test_servers_end_where_there_are_no_process_groups_and_no_sigkill(tiny_uri, store, tmp_path):
+def left(family: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
+    """Those that still run after a while."""
+    deadline = time.monotonic() + seconds
+    while (rest := [each for each in family if processes._runs(each)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return rest
+
+
+def test_servers_end_where_there_are_no_process_groups_and_no_sigkill(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT, encoding="utf-8")
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     shown = subprocess.run(
-        [sys.executable, "-c", BLOCK.format(model_uri=tiny_uri)],
-        env=os.environ | {"PYTHONPATH": paths, "MLFLOW_TRACKING_URI": store},
+        [sys.executable, "-c", BLOCK.format(parent=PARENT)],
+        env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
     assert shown.stderr == ""
-    *_, done = lines = shown.stdout.splitlines()
-    assert done == "done"
-    families = [json.loads(line) for line in lines if line.startswith("[[")]
-    assert [len(family) >= 2 for family in families] == [True, True]
-    started = {pid: created for family in families for pid, created in family}
-    running = [each for each in psutil.process_iter() if each.pid in started]
-    assert left([each for each in running if each.create_time() == started[each.pid]], seconds=0) == []
+    family = json.loads(shown.stdout.splitlines()[-1])
+    assert len(family) == 3  # The supervisor, the server and its child.
+    rest = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
+    assert left(rest, seconds=0) == []
 
 
 POSIX_ONLY = {"curses", "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
@@ -96,18 +101,36 @@ def test_a_process_that_takes_no_hint_is_ended_by_force():
         assert left(family, seconds=0) == []
 
 
-def test_a_full_disk_costs_the_log_and_leaves_no_server_behind():
-    command = [sys.executable, processes.__file__, "sh", "-c", "echo started; exec sleep 600"]
+def test_a_program_ends_with_its_parent_though_the_disk_for_its_log_is_full():
+    command = [sys.executable, "-m", "helpers.processes", "sh", "-c", "echo started; exec sleep 600"]
     with open("/dev/full", "w", encoding="utf-8") as full:
-        supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=full, stderr=subprocess.PIPE)
+        supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=full, stderr=full, cwd=ROOT)
     family = psutil.Process(supervisor.pid)
     while not any(child.name() == "sleep" for child in family.children()):
-        assert supervisor.poll() is None, supervisor.stderr.read()
-    server = family.children()
+        assert supervisor.poll() is None
+    program = family.children()
     with pytest.raises(subprocess.TimeoutExpired):
         supervisor.wait(1)
     supervisor.communicate(timeout=300)
-    assert left(server) == []
+    assert left(program) == []
+
+
+def failure_of(code: str, folder: Path) -> str:
+    """How a module with some code fails in a child process."""
+    (folder / "failing.py").write_text(code, encoding="utf-8")
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    with pytest.raises(ChildFailed) as caught:
+        processes.run_module(
+            "failing", log=folder / "log.txt", watch=lambda output: None, what="Converting", PYTHONPATH=paths
+        )
+    return str(caught.value)
+
+
+def test_a_module_that_fails_is_reported_by_its_exception_its_signal_or_its_last_lines(tmp_path):
+    raised = failure_of("print('Loading')\nraise OSError('No space left on device')", tmp_path)
+    assert raised == "Converting failed: OSError: No space left on device"
+    assert "was ended by signal 9" in failure_of("import os; os.kill(os.getpid(), 9)", tmp_path)
+    assert failure_of("print('no such model'); exit(3)", tmp_path) == "Converting failed: no such model"
 
 
 @pytest.fixture

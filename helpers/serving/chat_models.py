@@ -1,17 +1,18 @@
-"""One interface over the registered models: `start(messages, params)` returns a completion to iterate.
+"""The registered models that can be served as chat: `load` gives a function that starts an answer.
 
-A completion yields pieces of text while they are decoded; afterwards it has `prompt_tokens`,
-`completion_tokens` and `finish_reason`; `close()` ends its work early, with the reason "closed".
+`start(messages, params)` returns a completion, or raises ValueError for what the model cannot do, such as too
+long a prompt. A completion yields pieces of text while they are decoded; afterwards it has `prompt_tokens`,
+`completion_tokens` and `finish_reason`. Its `close()` ends the work early, with the reason "closed".
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
+import functools
 import re
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,17 @@ from typing import Any
 import numpy as np
 
 OPTIONS = ("max_new_tokens", "repetition_penalty", "temperature", "top_p", "top_k")
+Start = Callable[[list[dict], dict], Any]
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the front tells about a model; it is sent from one process to another."""
+    """What the server knows of a model."""
 
-    name: str  # of the registered model, or the last part of another URI
-    version: str  # "" where the model is not registered
+    name: str  # Of the registered model, or the last part of another URI.
+    version: str  # "" where the model is not registered.
     model_id: str
-    system_message: str | None  # prepended where a request has no system turn
+    system_message: str | None  # Prepended where a request has no system turn.
 
     @property
     def full_name(self) -> str:
@@ -39,7 +41,8 @@ class ServedModel:
 class ContextLengthError(ValueError):
     """A prompt and an answer that do not fit the model together, as OpenAI's API words and marks it."""
 
-    code, param = "context_length_exceeded", "messages"
+    code = "context_length_exceeded"
+    param = "messages"
 
     def __init__(self, read: int, written: int, context: int):
         super().__init__(
@@ -49,7 +52,7 @@ class ContextLengthError(ValueError):
         )
 
 
-def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
+def load(model_uri: str) -> tuple[ServedModel, Start]:
     """Load a model from the registry, or from any other URI that MLflow knows.
 
     What can be served is what can be decoded token by token: a Transformers text-generation pipeline, or a
@@ -61,11 +64,15 @@ def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
         mlflow.exceptions.MlflowException: if there is no such model, or it cannot be loaded.
     """
     import mlflow
+
+    # MLflow 3.17 has no public function that tells the version of an alias or of `latest`.
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    asked, name, version = model_uri, model_uri.rstrip("/").rpartition("/")[2], ""
+    asked = model_uri
+    name = model_uri.rstrip("/").rpartition("/")[2]
+    version = ""
     if re.fullmatch(r"models:/[^/@]+[/@].+", model_uri):
-        # Once, so that what is loaded is what is told, even if the alias moves meanwhile.
+        # An alias is looked up once, so that the version that is reported is the one that is loaded.
         name, version = get_model_name_and_version(mlflow.MlflowClient(), model_uri)
         model_uri = f"models:/{name}/{version}"
     info = mlflow.models.get_model_info(model_uri)
@@ -77,56 +84,49 @@ def load(model_uri: str) -> tuple[ServedModel, OnnxChat | TransformersChat]:
         )
     if "transformers" in info.flavors:
         config = info.flavors["python_function"].get("config") or {}
-        return served, TransformersChat(mlflow.transformers.load_model(model_uri), config)
-    model, wrapper = mlflow.pyfunc.load_model(model_uri), None
-    with contextlib.suppress(mlflow.MlflowException):  # a flavour without a Python model
+        return served, PipelineChat(mlflow.transformers.load_model(model_uri), config).start
+    model = mlflow.pyfunc.load_model(model_uri)
+    wrapper = None
+    with contextlib.suppress(mlflow.MlflowException):  # A flavour without a Python model.
         wrapper = model.unwrap_python_model()
-    if not all(hasattr(wrapper, name) for name in ("generate", "encode_messages")):
+    if not all(hasattr(wrapper, method) for method in ("generate", "encode_messages")):
         raise ValueError(
             f"{asked} has no generate and encode_messages, and is no Transformers pipeline, so it cannot "
             f"be served as chat. Serve it with: mlflow models serve --model-uri {asked}"
         )
-    return served, OnnxChat(wrapper)
+    return served, functools.partial(_start_onnx, wrapper)
 
 
-class OnnxChat:
-    """The wrapper of `onnx_chat_model.py`: its own thread decodes concurrent callers in shared batches."""
-
-    def __init__(self, wrapper: Any):
-        self._wrapper = wrapper
-
-    def start(self, messages: list[dict], params: dict) -> Any:
-        """Begin an answer. Raises ValueError for what the model cannot do, such as too long a prompt."""
-        ids = self._wrapper.encode_messages(messages)
-        try:
-            return self._wrapper.generate([ids], params)[0]
-        except ValueError:
-            self._refuse_too_long(len(ids), params)
-            raise
-
-    def _refuse_too_long(self, read: int, params: dict) -> None:
-        """Say so to an OpenAI client, if that is what was refused. A class of your own need not know it."""
+def _start_onnx(wrapper: Any, messages: list[dict], params: dict) -> Any:
+    """Begin an answer of `onnx_chat_model.py`, whose own thread decodes concurrent callers in batches."""
+    ids = wrapper.encode_messages(messages)
+    try:
+        return wrapper.generate([ids], params)[0]
+    except ValueError:
+        # Say it as OpenAI does, if it is the length. A class of your own need not know its context.
         with contextlib.suppress(AttributeError):
-            written = params.get("max_new_tokens") or self._wrapper.check_params({})["max_new_tokens"]
-            if read + written > (context := self._wrapper.context_length):
-                raise ContextLengthError(read, written, context) from None
+            written = params.get("max_new_tokens") or wrapper.check_params({})["max_new_tokens"]
+            if len(ids) + written > wrapper.context_length:
+                raise ContextLengthError(len(ids), written, wrapper.context_length) from None
+        raise
 
 
-class TransformersChat:
+class PipelineChat:
     """A Transformers text-generation pipeline: one answer after another, in the order they were asked.
 
     Args:
-        defaults: the logged `model_config`; of it, what a request may say is used where one does not say it.
+        defaults: the logged `model_config`; it counts where a request does not say otherwise.
     """
 
     def __init__(self, pipeline: Any, defaults: dict):
-        self.model, self.tokenizer = pipeline.model, pipeline.tokenizer
+        self.model = pipeline.model
+        self.tokenizer = pipeline.tokenizer
         self.defaults = {"max_new_tokens": 256, "temperature": 0.0}
         self.defaults |= {name: value for name, value in defaults.items() if name in OPTIONS}
-        self.turns = ThreadPoolExecutor(1)
+        self.queue = ThreadPoolExecutor(1)
 
     def start(self, messages: list[dict], params: dict) -> PipelineCompletion:
-        """Begin an answer. Raises ValueError for what the model cannot do, such as too long a prompt."""
+        """Begin an answer."""
         if params.get("json_schema"):
             raise ValueError(
                 "response_format needs the ONNX model (slm-onnx): this one cannot follow a schema."
@@ -146,12 +146,13 @@ class TransformersChat:
         # Render with marks in place of the contents, and encode these as mere text.
         mark = uuid.uuid4().hex
         marked = [message | {"content": f"{mark}{i}{mark}"} for i, message in enumerate(messages)]
-        around = self._render(marked).split(mark)
-        contents = [messages[int(i)]["content"] for i in around[1::2]]
-        around[1::2] = [""] * len(contents)
-        ids = [self._encode(text) for text in around]
-        ids[1::2] = [self._encode(text, split_special_tokens=True) for text in contents]
-        return [token for part in ids for token in part]
+        ids = []
+        for part, text in enumerate(self._render(marked).split(mark)):
+            if part % 2:
+                ids += self._encode(messages[int(text)]["content"], split_special_tokens=True)
+            else:
+                ids += self._encode(text)
+        return ids
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
@@ -169,74 +170,83 @@ class TransformersChat:
 class PipelineCompletion:
     """One answer of a pipeline, decoded in the pipeline's thread when its turn has come."""
 
-    def __init__(self, chat: TransformersChat, ids: list[int], params: dict):
-        self.prompt_tokens, self.completion_tokens, self.finish_reason = len(ids), 0, None
+    def __init__(self, chat: PipelineChat, ids: list[int], params: dict):
+        from transformers import TextIteratorStreamer
+
+        self.prompt_tokens = len(ids)
+        self.completion_tokens = 0
+        self.finish_reason: str | None = None
         self._closed = threading.Event()
-        self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._stop = [text for text in params.get("stop") or [] if text]
-        chat.turns.submit(self._decode, chat, ids, params)
+        self._pieces = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._decoding = chat.queue.submit(self._decode, chat.model, ids, params)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text as it is decoded, up to the first stop text. Raises what decoding raised."""
         held = ""
-        while (piece := self._pieces.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
-            held += piece
-            ends = [(at + len(text), at) for text in self._stop if (at := held.find(text)) >= 0]
-            if ends:
-                held, self.finish_reason = held[: min(ends)[1]], "stop"
+        for piece in self._pieces:
+            ready, held, stopped = split_at_stop(held + piece, self._stop)
+            yield ready
+            if stopped:
+                self.finish_reason = "stop"
                 self.close()
                 break
-            tails = (at for at in range(len(held)) if any(text.startswith(held[at:]) for text in self._stop))
-            ready = next(tails, len(held))
-            yield held[:ready]
-            held = held[ready:]
+        self._decoding.result()
         yield held
 
     def close(self) -> None:
         """End the work at the next token."""
         self._closed.set()
 
-    def _decode(self, chat: TransformersChat, ids: list[int], params: dict) -> None:
+    def _decode(self, model: Any, ids: list[int], params: dict) -> None:
+        reason = "closed"
         try:
-            if self._closed.is_set():
-                self.finish_reason = "closed"
-            else:
-                self._generate(chat, ids, params)
-        except Exception as error:
-            self._pieces.put(error)
-        self._pieces.put(None)
+            if not self._closed.is_set():
+                reason = self._generate(model, ids, params)
+        finally:
+            self.finish_reason = self.finish_reason or reason
+            # Not its `end`, which decodes once more and may fail like the decoding before it.
+            self._pieces.text_queue.put(self._pieces.stop_signal)
 
-    def _generate(self, chat: TransformersChat, ids: list[int], params: dict) -> None:
+    def _generate(self, model: Any, ids: list[int], params: dict) -> str:
+        """Decode the answer. Returns why it ended."""
         import torch
-        from transformers import TextStreamer
-
-        completion = self
-
-        class Pieces(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                completion._pieces.put(text)
 
         def stopping(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            completion.completion_tokens = input_ids.shape[1] - len(ids)
-            return torch.full((1,), completion._closed.is_set())
+            self.completion_tokens = input_ids.shape[1] - len(ids)
+            return torch.full((1,), self._closed.is_set())
 
         sample = params["temperature"] > 0
         names = OPTIONS if sample else ("max_new_tokens", "repetition_penalty")
-        options = {name: params[name] for name in names if name in params}
         if "seed" in params:
-            torch.manual_seed(params["seed"])  # of this process, where nothing else draws
+            # The generator is this process's own, and nothing else draws from it.
+            torch.manual_seed(params["seed"])
         prompt = torch.tensor([ids])
-        output = chat.model.generate(
+        output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            streamer=Pieces(chat.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=self._pieces,
             stopping_criteria=[stopping],
             do_sample=sample,
-            **options,
+            **{name: params[name] for name in names if name in params},
         )
         self.completion_tokens = output.shape[1] - len(ids)
-        ended = output[0, -1].item() in np.atleast_1d(chat.model.generation_config.eos_token_id)
-        reason = "stop" if ended else "closed" if self._closed.is_set() else "length"
-        self.finish_reason = self.finish_reason or reason
+        if output[0, -1].item() in np.atleast_1d(model.generation_config.eos_token_id):
+            return "stop"
+        return "closed" if self._closed.is_set() else "length"
+
+
+def split_at_stop(text: str, stops: list[str]) -> tuple[str, str, bool]:
+    """Split a text that still grows.
+
+    Returns:
+        What is sure to be shown, what may be the beginning of a stop text, and whether a stop text was found;
+        then nothing is kept back.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    if found:
+        return text[: min(found)[1]], "", True
+    for at in range(len(text)):
+        if any(stop.startswith(text[at:]) for stop in stops):
+            return text[:at], text[at:], False
+    return text, "", False

@@ -7,12 +7,31 @@ an answer that looks right but did not do what was asked is worse than an error.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+# Fields that change no answer here, and so are accepted whatever they hold.
+WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+# Of other fields that are not honoured, the values that ask for nothing. `null` asks for nothing in every
+# field, and in one that is not here so do `false`, 0 and empty ones.
+NEUTRAL = {
+    "n": (1,),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),  # An empty object asks for a search.
+}
+# What pydantic says of Python's types, in JSON's words.
+WORDS = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
 
 
 class ApiError(Exception):
@@ -20,7 +39,9 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status = status
+        self.code = code
+        self.param = param
 
     def body(self) -> dict:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -32,12 +53,31 @@ class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
 
-class TextPart(_Fields):
-    type: Literal["text"]
-    text: str
+class _KnownFields(_Fields):
+    """Other fields are an error, unless they ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_asks_for_nothing(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = cls.model_fields
+        return {name: value for name, value in fields.items() if name in known or _asks(name, value)}
 
 
-def _listed(value: Any) -> list:
+def _asks(name: str, value: Any) -> bool:
+    """Whether a field that is not honoured asks for something."""
+    if value is None or name in WITHOUT_EFFECT:
+        return False
+    if name in NEUTRAL:
+        # Python takes True for 1, and JSON does not.
+        return not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name])
+    return bool(value)
+
+
+def _list_of_texts(value: Any) -> list:
     """A list where a text may stand for one: pydantic's errors for a union name a branch, not the mistake."""
     if not isinstance(value, str | list):
         raise PydanticCustomError("text_or_list", "Input should be a text or a list")
@@ -45,10 +85,15 @@ def _listed(value: Any) -> list:
 
 
 def _parts(content: Any) -> list:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else _listed(content)
+    return [{"type": "text", "text": content}] if isinstance(content, str) else _list_of_texts(content)
 
 
-class Message(_Fields):
+class TextPart(_Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_KnownFields):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_parts)]
 
@@ -75,7 +120,7 @@ class StreamOptions(_Fields):
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class ChatRequest(_Fields):
+class ChatRequest(_KnownFields):
     """The fields that are honoured. `top_k` and `repetition_penalty` are not OpenAI's but the model's."""
 
     model: str
@@ -87,7 +132,7 @@ class ChatRequest(_Fields):
     top_k: int | None = Field(None, ge=0)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[StopText], Field(max_length=4), BeforeValidator(_listed)] | None = None
+    stop: Annotated[list[StopText], Field(max_length=4), BeforeValidator(_list_of_texts)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -112,92 +157,32 @@ class ChatRequest(_Fields):
         if self.response_format.type == "json_object":
             return json.dumps({"type": "object"})
         if self.response_format.json_schema is None:
-            raise ApiError(
-                400, "response_format.json_schema is missing.", param="response_format.json_schema"
-            )
+            where = "response_format.json_schema"
+            raise ApiError(400, f"{where} is missing.", param=where)
         return json.dumps(self.response_format.json_schema.schema_)
-
-
-# Fields that change no answer here, and may so be accepted whatever they hold.
-WITHOUT_EFFECT = {
-    *("user", "metadata", "store", "service_tier", "safety_identifier"),
-    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-}
-# Of other fields that are not honoured, the values that ask for nothing. `null` asks for nothing in every
-# field, and in one that is not here so do `false`, 0 and empty ones.
-NEUTRAL = {
-    "n": (1,),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),  # an empty object asks for a search
-}
-# What pydantic says of Python's types, in JSON's words.
-WORDS = {"model_type": "Input should be an object", "dict_type": "Input should be an object"}
 
 
 def parse(body: bytes) -> ChatRequest:
     """Read and check a request's body. Raises ApiError 400, which names the field."""
-    body = body.removeprefix(codecs.BOM_UTF8)
     try:
-        fields = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"The body is not valid JSON: {_reason(body, error)}.", "invalid_json") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "The body is not a JSON object.")
-    _refuse_unknown(fields, ChatRequest.model_fields.keys() | WITHOUT_EFFECT)
-    messages = fields.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else []):
-        _refuse_unsupported_message(message, f"messages.{index}")
-    try:
-        return ChatRequest.model_validate(fields)
+        return ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {WORDS.get(first['type'], first['msg'])}.", param=where) from None
+        raise _refusal(error.errors(include_url=False)[0]) from None
 
 
-def _reason(body: bytes, error: ValueError) -> str:
-    if not body.strip():
-        return "it is empty"
-    if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
-        return f"it is in {encoding}, and JSON is sent in UTF-8"
-    with contextlib.suppress(ValueError):
-        from_json(body)
-        return "it holds NaN or Infinity, which JSON does not know"
-    return str(error)
-
-
-def _refuse_unknown(fields: dict, known: set[str], where: str = "") -> None:
-    """Raise for a field that would be ignored, unless it asks for nothing."""
-    for name, value in fields.items():
-        if value is None or name in known:
-            continue
-        if name in NEUTRAL:
-            # Python takes True for 1, and JSON does not.
-            asks = not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name])
-        else:
-            asks = bool(value)
-        if asks:
-            accepted = " or ".join(map(json.dumps, NEUTRAL.get(name, ())))
-            name, but = f"{where}{name}"[:100], f", except {accepted}" if accepted else ""
-            raise ApiError(400, f"{name} is not supported by this server{but}. Leave it out.", param=name)
-
-
-def _refuse_unsupported_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict):
-        return
-    if message.get("role") in ("tool", "function"):
-        raise ApiError(400, "Tools are not supported by this server.", param=f"{where}.role")
-    _refuse_unknown(message, set(Message.model_fields), f"{where}.")
-    parts = message.get("content")
-    for part in parts if isinstance(parts, list) else []:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            kind = kind[:100]
-            raise ApiError(
-                400, f"Content of type {kind} is not supported: text only.", param=f"{where}.content"
-            )
+def _refusal(error: ErrorDetails) -> ApiError:
+    """OpenAI's error for pydantic's."""
+    kind = error["type"]
+    where = ".".join(str(part) for part in error["loc"])[:200]
+    if kind == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {error['ctx']['error']}.", "invalid_json")
+    if not where:
+        return ApiError(400, "The body is not a JSON object.")
+    if kind == "extra_forbidden":
+        allowed = " or ".join(map(json.dumps, NEUTRAL.get(where, ())))
+        but = f", except {allowed}" if allowed else ""
+        return ApiError(400, f"{where} is not supported by this server{but}. Leave it out.", param=where)
+    message = WORDS.get(kind, error["msg"])
+    if kind == "literal_error":
+        message = f"{error['input']!r:.100} is not supported by this server. {message}"
+    return ApiError(400, f"{where}: {message}.", param=where)

@@ -1,47 +1,106 @@
-"""The process that holds the model, and the front's end of the pipe to it.
+"""The process that holds the model, and the server's handle on it.
 
-A language model that reads a long prompt holds Python's global lock for seconds, hence the process. When the
-front goes, however it goes, the pipe closes and the worker ends.
+A language model that reads a long prompt holds Python's global lock for seconds. In a process of its own it
+does not delay the server's other answers. The two send each other lines of JSON through standard input and
+output. The input ends with the server, however that goes, and the model's process with the input: see
+`processes.when_parent_ends`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
-import multiprocessing
 import os
+import queue
 import random
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from helpers import tracking
+from helpers import processes, tracking
 from helpers.serving import chat_models
 
 log = logging.getLogger("helpers.serving")
-TRACES = "serving"  # the experiment that traces go to
+TRACES = "serving"  # The experiment that traces go to.
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+STOP_SECONDS = 5  # How long the process may take to send its last traces.
+LONGEST_LINE = 2**26  # Bytes of one event.
+
+
+# The server's side.
 
 
 @dataclass
 class Answer:
-    """One request in the worker. Its events are ("started",), ("text", piece), ("end", usage, finish_reason)
-    or ("error", status, message) with a code and a parameter, where there are any; one of the last two comes,
-    once."""
+    """One request to the model.
+
+    Its events are ("started",), ("text", piece), ("end", usage, finish_reason) or ("error", status, message)
+    with a code and a parameter, where there are any. One of the last two comes, once.
+    """
 
     id: str
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    waiting: bool = True  # for its first token
+    waiting: bool = True  # For its first token.
 
 
-class Worker:
-    """The front's handle on the model's process; all methods but the constructor belong to one event loop.
+class ModelProcess:
+    """The server's handle on the model's process. It belongs to one event loop."""
+
+    def __init__(self, process: asyncio.subprocess.Process, model: chat_models.ServedModel):
+        self._process = process
+        self.model = model
+        self.answers: dict[str, Answer] = {}
+        self.alive = True
+
+    def ask(self, request_id: str, messages: list[dict], params: dict) -> Answer:
+        """Send a request; its events arrive in the answer."""
+        answer = self.answers[request_id] = Answer(request_id)
+        _write(self._process, "ask", request_id, messages, params)
+        return answer
+
+    def close(self, answer: Answer) -> bool:
+        """Forget an answer and stop its work; whether there was any left."""
+        running = self.answers.pop(answer.id, None) is not None
+        if running:
+            _write(self._process, "close", answer.id)
+        return running
+
+    def give_up(self, answer: Answer, status: int, reason: str) -> None:
+        """Close an answer, and send its reader an error, if there is any work left."""
+        if self.close(answer):
+            answer.events.put_nowait(("error", status, reason))
+
+    async def read_events(self, on_tokens: Callable[[int, int], None]) -> None:
+        """Pass the model's events on to their answers, until its process ends.
+
+        Args:
+            on_tokens: called with the tokens read and written of every answer that ends, abandoned or not.
+        """
+        while line := await self._process.stdout.readline():
+            request_id, *event = json.loads(line)
+            if event[0] == "end":
+                on_tokens(*event[1])
+            if answer := self.answers.get(request_id):
+                answer.waiting = answer.waiting and event[0] != "text"
+                answer.events.put_nowait(event)
+                if event[0] in ("end", "error"):
+                    del self.answers[request_id]
+        self.alive = False
+        for answer in self.answers.values():
+            answer.events.put_nowait(("error", 503, "The model's process has ended."))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    model_uri: str, tracking_uri: str, trace_sampling: float = 0.0
+) -> AsyncIterator[ModelProcess]:
+    """Load a model in a process of its own, and end that with the block.
 
     Args:
         model_uri, tracking_uri: which model to load, from which store.
@@ -49,131 +108,75 @@ class Worker:
     Raises:
         RuntimeError: in one sentence, if the model could not be loaded.
     """
-
-    def __init__(self, model_uri: str, tracking_uri: str, trace_sampling: float = 0.0):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, model_uri, tracking_uri, trace_sampling), name="model", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        try:
-            self.model: chat_models.ServedModel = self._receive_model(model_uri)
-        except BaseException:
-            self._process.kill()
-            raise
-        self.answers: dict[str, Answer] = {}
-        # A full pipe must not hold up the event loop, and messages must keep their order: one sending thread.
-        self._sender = ThreadPoolExecutor(1)
-        self.alive = True
-
-    def _receive_model(self, model_uri: str) -> chat_models.ServedModel:
-        try:
-            model = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            model = f"its process ended with exit code {self._process.exitcode}"
-        if isinstance(model, str):
-            raise RuntimeError(f"{model_uri} could not be loaded: {model}")
-        return model
-
-    def listen(self, on_death: Callable[[], None], on_tokens: Callable[[int, int], None]) -> None:
-        """Begin to pass the worker's events on.
-
-        Args:
-            on_death: called if the process ends by itself.
-            on_tokens: called with the tokens read and written of every answer that ends, abandoned or not.
-        """
-        self._on_death, self._on_tokens = on_death, on_tokens
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read, args=(loop,), daemon=True, name="worker-events").start()
-
-    def ask(self, request_id: str, messages: list[dict], params: dict) -> Answer:
-        """Send a request; its events arrive in the answer."""
-        answer = self.answers[request_id] = Answer(request_id)
-        self._sender.submit(self._pipe.send, ("ask", request_id, messages, params))
-        return answer
-
-    def close(self, answer: Answer) -> bool:
-        """Forget an answer and stop its work; whether there was any left."""
-        running = self.answers.pop(answer.id, None) is not None
-        if running:
-            self._sender.submit(self._pipe.send, ("close", answer.id))
-        return running
-
-    def give_up(self, answer: Answer, status: int, reason: str) -> None:
-        """Close an answer, and tell its reader why, if there is any work left."""
-        if self.close(answer):
-            answer.events.put_nowait(("error", status, reason))
-
-    def stop(self, seconds: float = 5) -> None:
-        """End the process, by force if it takes longer than `seconds`."""
-        self.alive = False
-        self._sender.submit(self._pipe.send, ("stop",))
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop ends before the worker does
-            try:
-                while True:
-                    loop.call_soon_threadsafe(self._deliver, *self._pipe.recv())
-            except (EOFError, OSError):
-                loop.call_soon_threadsafe(self._died)
-
-    def _deliver(self, request_id: str, *event: Any) -> None:
-        if event[0] == "end":
-            self._on_tokens(*event[1])
-        if answer := self.answers.get(request_id):
-            answer.waiting = answer.waiting and event[0] != "text"
-            answer.events.put_nowait(event)
-            if event[0] in ("end", "error"):
-                del self.answers[request_id]
-
-    def _died(self) -> None:
-        if self.alive:
-            self.alive = False
-            for answer in self.answers.values():
-                answer.events.put_nowait(("error", 503, "The model's process has ended."))
-            self._on_death()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "helpers.serving.model_process"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LONGEST_LINE,
+    )
+    try:
+        # Not on the command line, which every user of the machine can read: the store may have a password.
+        _write(process, model_uri, tracking_uri, trace_sampling)
+        line = await process.stdout.readline()
+        loaded = json.loads(line) if line else f"its process ended with exit code {await process.wait()}"
+        if isinstance(loaded, str):
+            raise RuntimeError(f"{model_uri} could not be loaded: {loaded}")
+        yield ModelProcess(process, chat_models.ServedModel(**loaded))
+        _write(process, "stop")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
-def _work(pipe: Connection, model_uri: str, tracking_uri: str, trace_sampling: float) -> None:
-    """The worker process: load the model, then answer until the pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the group, but running answers must finish
+def _write(process: asyncio.subprocess.Process, *message: Any) -> None:
+    process.stdin.write(json.dumps(message).encode() + b"\n")
+
+
+# The model's side.
+
+
+def main() -> None:
+    """Load the model, then answer until the server says stop or has gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # They may be sent to the server's whole group, but answers in progress must finish.
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    import mlflow
-
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    processes.when_parent_ends(lambda: os._exit(0), messages.put)
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What a model or a library prints goes to the log.
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    model_uri, tracking_uri, trace_sampling = json.loads(messages.get())
     try:
         tracking.open_store(tracking_uri)
         tracking.refuse_if_gone(model_uri)
-        served, model = chat_models.load(model_uri)
+        served, start = chat_models.load(model_uri)
         if trace_sampling:
             # Beside the model, while `connect` would enter a server's workspace of that name.
             tracking.choose_experiment(TRACES, "serve without traces (trace sampling 0).")
     except Exception as error:
         log.debug("loading failed", exc_info=True)
-        pipe.send(str(error) or repr(error))
+        print(json.dumps(str(error) or repr(error)), file=events, flush=True)
         return
-    desk = _Desk(pipe, served, model, trace_sampling)
-    pipe.send(served)
-    handlers = {"ask": desk.ask, "close": desk.close}
-    with contextlib.suppress(EOFError, OSError):
-        while (message := pipe.recv())[0] != "stop":
-            handlers[message[0]](*message[1:])
+    print(json.dumps(asdict(served)), file=events, flush=True)
+    worker = Worker(served, start, trace_sampling, events)
+    while (message := json.loads(messages.get()))[0] != "stop":
+        {"ask": worker.ask, "close": worker.close}[message[0]](*message[1:])
     if trace_sampling:
+        import mlflow
+
         mlflow.flush_trace_async_logging()
-    os._exit(0)  # at once: a decoding thread must not keep the process
+    os._exit(0)  # At once: a thread that still decodes must not keep the process.
 
 
 @dataclass
-class _Call:
-    """What a trace tells of a request, apart from its completion."""
+class Call:
+    """What a trace holds of a request, apart from its completion."""
 
     id: str
     messages: list[dict]
@@ -182,43 +185,47 @@ class _Call:
     started: int = field(default_factory=time.time_ns)
 
 
-class _Desk:
+class Worker:
     """Answers requests side by side, each read out by a thread of its own."""
 
-    def __init__(self, pipe: Connection, served: chat_models.ServedModel, model: Any, trace_sampling: float):
-        self._pipe, self._served, self._model, self._sampling = pipe, served, model, trace_sampling
+    def __init__(
+        self, served: chat_models.ServedModel, start: chat_models.Start, trace_sampling: float, events: Any
+    ):
+        self._served = served
+        self._start = start
+        self._sampling = trace_sampling
+        self._events = events
         self._lock = threading.Lock()
         self._running: dict[str, Any] = {}
 
     def ask(self, request_id: str, messages: list[dict], params: dict) -> None:
         """Begin an answer. A ValueError is the caller's and says what to change; the rest is logged."""
-        call = _Call(request_id, messages, params)
+        call = Call(request_id, messages, params)
         try:
-            completion = self._running[request_id] = self._model.start(messages, params)
+            completion = self._running[request_id] = self._start(messages, params)
+        except ValueError as error:
+            self._trace(call, None, error)
+            marks = (error.code, error.param) if isinstance(error, chat_models.ContextLengthError) else ()
+            self._send(request_id, "error", 400, str(error), *marks)
         except Exception as error:
-            self._trace(call, error=error)
-            if isinstance(error, chat_models.ContextLengthError):
-                self._send(request_id, "error", 400, str(error), error.code, error.param)
-            elif isinstance(error, ValueError):
-                self._send(request_id, "error", 400, str(error))
-            else:
-                self._fail(request_id, error)
-            return
-        self._send(request_id, "started")
-        threading.Thread(target=self._read_out, args=(call, completion), daemon=True).start()
+            self._trace(call, None, error)
+            self._fail(request_id, error)
+        else:
+            self._send(request_id, "started")
+            threading.Thread(target=self._read_out, args=(call, completion), daemon=True).start()
 
     def close(self, request_id: str) -> None:
         if completion := self._running.pop(request_id, None):
             completion.close()
 
-    def _read_out(self, call: _Call, completion: Any) -> None:
-        # Traced before the end is told: whoever hears of it may stop the server.
+    def _read_out(self, call: Call, completion: Any) -> None:
+        # The trace is written before "end" is sent: a client may stop the server as soon as it sees the end.
         try:
             for piece in completion:
                 if piece:
                     call.text += piece
                     self._send(call.id, "text", piece)
-            self._trace(call, completion)
+            self._trace(call, completion, None)
             usage = completion.prompt_tokens, completion.completion_tokens
             self._send(call.id, "end", usage, completion.finish_reason)
         except Exception as error:
@@ -227,17 +234,16 @@ class _Desk:
         finally:
             self._running.pop(call.id, None)
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, *event: Any) -> None:
         with self._lock:
-            self._pipe.send(message)
+            print(json.dumps(event), file=self._events, flush=True)
 
     def _fail(self, request_id: str, error: Exception) -> None:
         log.error("%s failed", request_id, exc_info=error)
-        self._send(
-            request_id, "error", 500, "The model failed. The server's log has more under the request id."
-        )
+        reason = "The model failed. The server's log has more under the request id."
+        self._send(request_id, "error", 500, reason)
 
-    def _trace(self, call: _Call, completion: Any = None, error: Exception | None = None) -> None:
+    def _trace(self, call: Call, completion: Any, error: Exception | None) -> None:
         """Leave a trace of a call that has ended, if it is one of the sample."""
         if not self._sampling or random.random() >= self._sampling:
             return
@@ -263,3 +269,7 @@ class _Desk:
         if error:
             span.record_exception(error)
         span.end()
+
+
+if __name__ == "__main__":
+    main()

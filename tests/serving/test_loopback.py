@@ -16,8 +16,7 @@ import psutil
 import pytest
 from serving_support import connected
 
-from helpers import processes
-from helpers.environment import ROOT
+from helpers import ROOT, processes
 from helpers.serving import mlflow_server, openai_server
 from helpers.workshop import notebooks
 

@@ -13,8 +13,7 @@ import nbformat
 import pytest
 from serving_support import connected
 
-from helpers import processes
-from helpers.environment import ROOT
+from helpers import ROOT, processes
 
 pytestmark = pytest.mark.server
 

@@ -123,7 +123,12 @@ def _temporary_folder(executed: Path):
     place = executed.parent.resolve()
     made = tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
     with made as folder, processes.variables(TMPDIR=folder):
-        yield Path(folder)
+        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = None
 
 
 def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: Path) -> None:

@@ -69,8 +69,9 @@ def _page(source: str, executed: Path, copies: dict[str, Path]) -> str:
     for heading in soup.select("h1, h2, h3, h4, h5, h6"):
         heading["id"] = _anchor(heading.get_text())
     # An empty cell is no heading of a table.
-    for cell in soup.select("th:empty"):
-        cell.name = "td"
+    for cell in soup.select("th"):
+        if not cell.get_text(strip=True):
+            cell.name = "td"
     return str(soup)
 
 

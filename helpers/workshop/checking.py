@@ -1,4 +1,4 @@
-"""What a check is: it runs a learner's result, prints one verdict with a hint, and never raises."""
+"""What a check is: it tries a learner's result, prints one verdict with a hint, and never raises."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-SOLVED, NOT_YET, NOT_CHECKED = "✓", "✗", "–"  # told apart without colour
 
-
-class Wrong(Exception):
-    """A result that does not solve its exercise: what is wrong, and a hint (none: the exercise's own)."""
+class NotYet(Exception):
+    """What is wrong with a result, and a hint; without one, the exercise's own is shown."""
 
     def __init__(self, wrong: str, hint: str = ""):
         super().__init__(wrong)
@@ -19,11 +17,13 @@ class Wrong(Exception):
 
 
 class NotChecked(Exception):
-    """A result that cannot be judged here; the text says what it would need."""
+    """A result that cannot be checked here; the text says what that would need."""
 
 
 def exercise(number: str, hint: str) -> Callable[[Callable[..., str]], Callable[[dict], None]]:
-    """Make a check out of a judge: a function that returns what is right, or raises `Wrong` or `NotChecked`.
+    """Make a check out of a function that returns what is right, or raises `NotYet` or `NotChecked`.
+
+    The function's arguments name what it needs from the notebook, the learner's result first.
 
     Args:
         number: the exercise's, as in the notebook: "1.2".
@@ -34,58 +34,56 @@ def exercise(number: str, hint: str) -> Callable[[Callable[..., str]], Callable[
         @functools.wraps(judge)
         def check(names: dict) -> None:
             try:
-                right = judge(**_arguments(judge, names))
-                print(f"{SOLVED} Exercise {number} is solved: {right}")
+                print(f"✓ Exercise {number} is solved: {judge(**_arguments(judge, names))}")
             except NotChecked as reason:
-                print(f"{NOT_CHECKED} Exercise {number} was not checked: {reason}")
-            except Wrong as wrong:
-                print(f"{NOT_YET} Exercise {number}, not yet: {wrong}\n  Hint: {wrong.hint or hint}")
+                print(f"– Exercise {number} was not checked: {reason}")
+            except NotYet as wrong:
+                print(f"✗ Exercise {number}, not yet: {wrong}\n  Hint: {wrong.hint or hint}")
             except Exception as error:
-                print(f"{NOT_YET} Exercise {number}, not yet: the check stopped with {short(error)}")
-                print(f"  Hint: {hint}")
+                print(f"✗ Exercise {number}, not yet: the check stopped with {short(error)}\n  Hint: {hint}")
 
-        del check.__wrapped__  # its signature is the check's own
+        # Jupyter's help shall show the arguments of the check.
+        del check.__wrapped__
         return check
 
     return decorate
 
 
 def _arguments(judge: Callable, names: dict) -> dict[str, Any]:
-    """What the judge asks for, by name; the first is the learner's."""
+    """What a judge asks for, by name."""
     answer, *given = inspect.signature(judge).parameters
     for name in given:
         if name not in names:
-            raise Wrong(f"`{name}` is not defined.", "Run the cells above this one first, from the top.")
+            raise NotYet(f"`{name}` is not defined.", "Run the cells above this one first, from the top.")
     if answer not in names:
-        raise Wrong(f"there is no `{answer}`.", f"The name `{answer}` is what the check looks for.")
+        raise NotYet(f"there is no `{answer}`.", f"The name `{answer}` is what the check looks for.")
     if names[answer] is None or names[answer] is ...:
-        raise Wrong(f"`{answer}` is still empty.")
+        raise NotYet(f"`{answer}` is still empty.")
     return {name: names[name] for name in (answer, *given)}
 
 
 def call(function: Callable, *arguments: object) -> Any:
-    """The learner's function at work; what it raises, or not returning at all, is wrong."""
+    """What a learner's function returns; it is `NotYet` right if it raises or returns nothing."""
     if not callable(function):
-        raise Wrong(f"a function was asked for, and this is {short(function)}.", "Start with `def`.")
+        raise NotYet(f"a function was asked for, and this is {short(function)}.", "Start with `def`.")
     name = getattr(function, "__name__", "the function")
-    plain = [short(argument) if isinstance(argument, str | int | float) else "…" for argument in arguments]
-    shown = f"{name}({', '.join(plain)})"
     try:
         result = function(*arguments)
     except (Exception, SystemExit) as error:
-        raise Wrong(f"`{shown}` raised {short(error)}") from error
+        raise NotYet(f"`{name}` raised {short(error)}") from error
     if result is None or result is ...:
-        raise Wrong(f"`{shown}` returned nothing.")
+        raise NotYet(f"`{name}` returned nothing.")
     return result
 
 
+def of_type(kind: type, value: object, what: str, hint: str) -> None:
+    """Raise NotYet for a value of another type."""
+    if not isinstance(value, kind):
+        raise NotYet(f"{what} is {short(value)}, of type {type(value).__name__}, not {kind.__name__}.", hint)
+
+
 def short(thing: object, length: int = 60) -> str:
-    """One line that shows a value or an exception."""
+    """A value or an exception in one line."""
     text = f"{type(thing).__name__}: {thing}" if isinstance(thing, BaseException) else repr(thing)
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def of_type(kind: type, value: object, what: str, hint: str) -> None:
-    if not isinstance(value, kind):
-        raise Wrong(f"{what} is {short(value)}, of type {type(value).__name__}, not {kind.__name__}.", hint)

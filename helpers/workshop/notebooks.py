@@ -23,6 +23,8 @@ NOTEBOOKS = {
     "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
 }
 
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+
 
 class NotebookError(RuntimeError):
     """A notebook that stopped; the text says where and why."""
@@ -49,23 +51,23 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
             raise errors.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
     chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
     known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
+    values = {}
     for name, text in given.items():
         if text != text.encode(errors="replace").decode():
             raise errors.ParameterError(f"{name}={text!r} is not UTF-8 text. Set it in a UTF-8 terminal.")
         if name not in known:
+            books = " or ".join(path.name for path in chosen)
             raise errors.ParameterError(
-                f"{name!r} is not a parameter of {' or '.join(path.name for path in chosen)}. "
-                f"Theirs are: {', '.join(sorted(known))}."
+                f"{name!r} is not a parameter of {books}. Theirs are: {', '.join(sorted(known))}."
             )
-    values = {
-        name: parameters.convert(name, text, known[name]["inferred_type_name"])
-        for name, text in given.items()
-    }
+        values[name] = parameters.convert(name, text, known[name]["inferred_type_name"])
     model = parameters.check(**{"model": "smollm2-135m", "tracking_uri": "", **values})
-    if isinstance(model.origin, catalog.Folder):  # the kernel starts in another folder than this process
+    # The kernel starts in another folder than this process.
+    if isinstance(model.origin, catalog.Folder):
         values["model"] = str(model.origin.path)
     return {
-        path: {k: v for k, v in values.items() if k in declaration} for path, declaration in chosen.items()
+        path: {name: values[name] for name in values if name in declaration}
+        for path, declaration in chosen.items()
     }
 
 
@@ -88,27 +90,45 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     """Execute and render; a second run into the same folder waits, or the two would write over each other."""
     from filelock import FileLock, Timeout
 
-    executed = output / notebook.name
-    page = executed.with_suffix(".html")
+    executed, html = output / notebook.name, output / f"{notebook.stem}.html"
     lock = FileLock(output / f".{notebook.stem}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print(f"Waiting: another run writes {os.path.relpath(executed)}.", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         # Minutes may have passed since the first look.
-        written.prepare([output], [executed, page], "run")
-        for earlier in (executed, page):  # must not pass for this run's
+        written.prepare([output], [executed, html], "run")
+        for earlier in (executed, html):
             earlier.unlink(missing_ok=True)
         with _temporary_folder(executed) as folder:
             _execute(notebook, values, executed, folder / notebook.name)
-            draft = folder / page.name
+            draft = folder / html.name
             draft.write_text(written.stamped(_html(executed), "run"), encoding="utf-8")
-            draft.replace(page)
-        return page
-    finally:
-        lock.release()
+            draft.replace(html)
+    return html
+
+
+@contextlib.contextmanager
+def _temporary_folder(executed: Path):
+    """The kernel's temporary files go beside the executed notebook; what a killed run left goes first.
+
+    MLflow writes a whole model there, and the system's own folder is in memory on many machines.
+    """
+    prefix = f".{executed.stem}.tmp-"
+    # They are no other run's: `_produce` lets in one at a time.
+    for left in executed.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    place = executed.parent.resolve()
+    made = tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
+    with made as folder, processes.variables(TMPDIR=folder):
+        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = None
 
 
 def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: Path) -> None:
@@ -118,18 +138,19 @@ def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: P
     from papermill.exceptions import PapermillExecutionError
 
     files = {"input_path": str(notebook), "output_path": str(draft), "cwd": str(ROOT)}
+    until_then = f"What it did until then: {os.path.relpath(executed)}"
     try:
         _fetch(notebook, values)
         papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=_encrypted())
     except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
         raise NotebookError(
-            f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} "
-            f"What it did until then: {os.path.relpath(executed)}"
+            f"{notebook.name} stopped in cell {error.exec_count}: {reason} {until_then}"
         ) from None
     except DeadKernelError:
         raise NotebookError(
             f"{notebook.name} stopped: its kernel was killed, as the system does when memory runs out. "
-            f"What it did until then: {os.path.relpath(executed)} Run it again: nothing has to be cleaned up."
+            f"{until_then} Run it again: nothing has to be cleaned up."
         ) from None
     except KeyboardInterrupt:
         # nbclient (0.11) no longer awaits its task then, and asyncio would report at length that it failed.
@@ -176,26 +197,6 @@ def _fetch(notebook: Path, values: dict[str, object]) -> None:
         raise NotebookError(f"{notebook.name} was not started: {error}") from None
 
 
-@contextlib.contextmanager
-def _temporary_folder(executed: Path):
-    """Temporary files of what is started go beside the executed notebook; what a killed run left goes first.
-
-    MLflow writes a whole model there, and the system's own folder is in memory on many machines.
-    """
-    prefix = f".{executed.stem}.tmp-"
-    for left in executed.parent.glob(f"{prefix}*"):  # no other run's: `_produce` lets in one at a time
-        shutil.rmtree(left, ignore_errors=True)
-    options = {"prefix": prefix, "dir": executed.parent.resolve(), "ignore_cleanup_errors": True}
-    # Python looks at TMPDIR first, on every system, and remembers what it found: here it has to forget it.
-    before = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(**options) as folder, processes.variables(TMPDIR=folder):
-        tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = before
-
-
 def _encrypted():
     """Settings of a kernel whose messages are encrypted; without them ipykernel (7) warns in the terminal."""
     from traitlets.config import Config
@@ -204,19 +205,25 @@ def _encrypted():
 
 
 def _html(executed: Path) -> str:
-    """The notebook as one page that holds its pictures."""
+    """An executed notebook as one page that holds its pictures."""
     import nbformat
-    from nbconvert import HTMLExporter
 
     book = nbformat.read(executed, as_version=4)
-    # nbconvert (7.17) embeds only what lies below the folder that it is given.
+    # nbconvert (7.17) embeds only what lies below the folder that it is given: here the project's.
     pictures = re.compile(rf"(!\[[^\]]*\]\(){re.escape(_way_to_root(executed.parent))}/")
     for cell in book.cells:
         if cell.cell_type == "markdown":
             cell.source = pictures.sub(r"\1", cell.source)
-    resources = {"metadata": {"name": executed.stem, "path": str(ROOT)}}
-    page, _ = HTMLExporter(embed_images=True).from_notebook_node(book, resources=resources)
-    return page
+    return page(book, executed.stem, embed_images=True)
+
+
+def page(book, title: str, embed_images: bool = False) -> str:
+    """A notebook as an HTML page that needs no network; pictures can be embedded from below the project."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(raw_template=TEMPLATE.read_text("utf-8"), embed_images=embed_images)
+    resources = {"metadata": {"name": title, "path": str(ROOT)}}
+    return exporter.from_notebook_node(book, resources=resources)[0]
 
 
 def relink(book, folder: Path) -> None:
@@ -240,31 +247,24 @@ def save() -> None:
         NotebookError: when a cell fails; that notebook on disk stays as it was.
     """
     import nbformat
-
-    with tempfile.TemporaryDirectory() as store:
-        for notebook in NOTEBOOKS.values():
-            print(f"Executing {notebook.name} …", flush=True)
-            places = {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "TMPDIR": store}
-            book = _execute_in_place(notebook, places)
-            book.metadata["made_from"] = fingerprint(book)
-            nbformat.write(book, notebook)
-
-
-def _execute_in_place(notebook: Path, environment: dict[str, str]):
-    """Return the notebook with fresh outputs, run in its own folder as Jupyter would."""
-    import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    book = nbformat.read(notebook, as_version=4)
-    place = {"metadata": {"path": str(notebook.parent)}}
+    place = {"metadata": {"path": str(ROOT / "notebooks")}}
     settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
-    try:
-        NotebookClient(book, **settings, config=_encrypted()).execute(env=os.environ | environment)
-    except CellExecutionError as error:
-        raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
-    book.metadata.language_info.pop("version", None)  # the outputs do not depend on the patch release
-    return book
+    with tempfile.TemporaryDirectory() as store:
+        own = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "TMPDIR": store}
+        for notebook in NOTEBOOKS.values():
+            print(f"Executing {notebook.name} …", flush=True)
+            book = nbformat.read(notebook, as_version=4)
+            try:
+                NotebookClient(book, **settings, config=_encrypted()).execute(env=own)
+            except CellExecutionError as error:
+                raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
+            # The outputs do not depend on the patch release.
+            book.metadata.language_info.pop("version", None)
+            book.metadata["made_from"] = fingerprint(book)
+            nbformat.write(book, notebook)
 
 
 def fingerprint(book) -> str:

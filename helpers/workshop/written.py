@@ -1,8 +1,7 @@
-"""A command writes only over what the same command wrote before: never over a source or somebody's work.
+"""A command writes only over what the same command wrote before, never over a source or somebody's work.
 
-A notebook that a command wrote carries a digest in its metadata, a page one in its last line. A file without
-one, or one that was changed since, is not the command's to replace. What decides is the file itself, so
-another spelling of its folder or a link to it changes nothing.
+A notebook that a command wrote carries a digest of its content in its metadata, a page one in its last line.
+A file without one, or one that was changed since, is not the command's to replace.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 KEY = "written_as"  # in a notebook's metadata
-LAST_LINE = "<!-- written as {} -->\n"
 
 
 def stamp(book: NotebookNode, command: str) -> None:
@@ -28,19 +26,20 @@ def stamp(book: NotebookNode, command: str) -> None:
 
 def stamped(page: str, command: str) -> str:
     """Return the HTML page with a last line that says that `command` wrote it."""
-    return f"{page}\n{LAST_LINE.format(_digest(command, page))}"
+    # A file's text is read with these line ends; a model may write any.
+    page = page.replace("\r\n", "\n").replace("\r", "\n")
+    return f"{page}\n<!-- written as {_digest(command, page)} -->\n"
 
 
 def prepare(folders: Iterable[Path], files: Iterable[Path], command: str) -> None:
-    """Make the folders of a command's files, after a look at what is there.
+    """Make the folders of a command's files, unless one of the files is there and not the command's own.
 
     Args:
         folders: made where they are missing.
         files: the notebooks and pages that the command will write.
         command: `run` or `student`.
     Raises:
-        ValueError: if one of the files is there and not the command's own; nothing has been touched then.
-            Also if a folder cannot be had.
+        ValueError: for such a file, and nothing has been made then; also if a folder cannot be had.
     """
     for path in files:
         if os.path.lexists(path) and not _is_own(path, command):
@@ -75,11 +74,11 @@ def _is_own(path: Path, command: str) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        if path.suffix != ".ipynb":
-            page, _, last_line = path.read_text(encoding="utf-8").rpartition("\n<!-- ")
-            return f"<!-- {last_line}" == LAST_LINE.format(_digest(command, page))
-        book = nbformat.read(path, as_version=4)
-        return book.metadata.get(KEY) == _of_notebook(book, command)
+        if path.suffix == ".ipynb":
+            book = nbformat.read(path, as_version=4)
+            return book.metadata.get(KEY) == _of_notebook(book, command)
+        text = path.read_text(encoding="utf-8")
+        return text == stamped(text.rpartition("\n<!-- ")[0], command)
     except (ValueError, AttributeError):  # not a text, or not a notebook
         return False
 
@@ -91,5 +90,4 @@ def _of_notebook(book: NotebookNode, command: str) -> str:
 
 
 def _digest(command: str, text: str) -> str:
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as a file's text is read; a model may write any
     return hashlib.sha256(f"{command}\0{text}".encode()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.environment import ROOT
+from helpers import ROOT
 
 try:
     from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -60,7 +60,7 @@ def page(browser, request) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def pictures() -> Path | None:
-    """The folder in the environment variable PICTURES: the README's pictures are to be taken anew."""
+    """The folder in the environment variable PICTURES: the README's pictures are to be taken again."""
     return Path(os.environ["PICTURES"]) if os.environ.get("PICTURES") else None
 
 

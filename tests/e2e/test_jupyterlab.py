@@ -21,12 +21,11 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import Page, expect
 
-from helpers import processes
-from helpers.environment import ROOT
+from helpers import ROOT, processes
 from helpers.workshop import editions, notebooks
 
 MINUTE = 60_000  # ms
-# Bars that are counted, and a stage of `store.Progress` that is not.
+# Bars that are counted, and a stage of `progress.Progress` that is not.
 DEBRIS = re.compile(r"it/s\]|s/it\]|\d+%\|| … \d+:\d\d")
 MADE = re.compile(r"ready in \d+ s$")  # what a model's progress leaves
 
@@ -75,7 +74,7 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     flags = f"--no-browser --ip 127.0.0.1 --port {port} --ServerApp.port_retries=0"
     if os.geteuid() == 0:
         flags += " --allow-root"
-    # `-o setup`: the environment that runs this test is not to be made anew by it
+    # `-o setup`: this test must not set up the environment that it runs in.
     command = ["make", "-o", "setup", "lab", f"NOTEBOOK={_within(folder, '01')}"]
     with (
         (home / "lab.log").open("w", encoding="utf-8") as log,
@@ -170,6 +169,8 @@ def test_run_all_cells_ends_without_errors_and_with_figures(name, lab, folder, p
     assert making
     if not pictures:
         assert all(any(MADE.search(text) for text in _texts(cell)) for cell in making)
+    texts = [text for cell in cells for text in _texts(cell)]
+    assert sum(text.startswith("✓ Exercise") for text in texts) >= 4
     plotted = [cell for cell in cells if "plots." in cell.source]
     assert all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in plotted)
     figures = page.locator(".jp-RenderedImage img")

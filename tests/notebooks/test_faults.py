@@ -1,4 +1,4 @@
-"""Kernels are killed, disks fill, databases lock, servers go: what the reader is told, and what is left.
+"""Kernels are killed, disks fill, databases lock, servers go: what the reader reads, and what is left.
 
 The scenes are real runs of the notebooks with a fault at a chosen call (see `fault_hook.py`). They run two at
 a time beside the tests, which wait for the scene they speak of.
@@ -292,7 +292,7 @@ def test_what_a_killed_kernel_had_written_of_a_model_is_dropped(scene):
             assert (artifacts / "MLmodel").exists() == (model.status == "READY")
 
 
-def test_a_conversion_that_was_killed_leaves_no_process_and_the_next_run_makes_it_anew(scene):
+def test_a_conversion_that_was_killed_leaves_no_process_and_the_next_run_makes_it_again(scene):
     folder, ended = scene("killed")
     assert ended["converting"].code == -signal.SIGKILL
     assert ended["converting"].processes == []
@@ -337,7 +337,7 @@ def test_a_killed_command_leaves_no_process_and_the_next_one_removes_its_tempora
     or subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
     reason="a small disk can be mounted where Linux grants user namespaces",
 )
-def test_a_full_disk_is_told_the_run_is_failed_and_nothing_is_half_registered(scene):
+def test_a_full_disk_is_reported_the_run_is_failed_and_nothing_is_half_registered(scene):
     folder, ended = scene("full disk")
     assert ended.struck
     assert ended.code == 1
@@ -352,7 +352,7 @@ def test_a_full_disk_is_told_the_run_is_failed_and_nothing_is_half_registered(sc
     assert not list((folder / "copy" / "mlruns").rglob("*.safetensors"))  # what was half-written is gone
 
 
-def test_a_locked_database_is_waited_for_and_then_told_in_one_sentence(scene):
+def test_a_locked_database_is_waited_for_and_then_reported_in_one_sentence(scene):
     folder, ended = scene("locked")
     assert ended.struck
     assert ended.code == 1
@@ -365,7 +365,7 @@ def test_a_locked_database_is_waited_for_and_then_told_in_one_sentence(scene):
         assert "transformer-pipeline KILLED" in statuses(folder).values()
 
 
-def test_a_tracking_server_that_dies_is_told_and_local_work_is_kept(scene):
+def test_a_tracking_server_that_dies_is_reported_and_local_work_is_kept(scene):
     folder, ended = scene("server gone")
     assert ended.struck
     assert ended.code == 1
@@ -378,11 +378,11 @@ def test_a_tracking_server_that_dies_is_told_and_local_work_is_kept(scene):
     assert ended_runs == ["8 tokens KILLED", "length-study KILLED", "transformer-pipeline FINISHED"]
 
 
-def test_a_corrupted_file_of_the_same_size_is_noticed_with_its_mend(scene):
+def test_a_corrupted_file_of_the_same_size_is_noticed_with_its_fix(scene):
     _, ended = scene("corrupted")
     assert ended.code == 1
     assert "was not started: model.safetensors in" in ended.error
-    assert "Delete the folder, and the next run makes it anew" in ended.error
+    assert "Delete the folder, and the next run makes it " in ended.error
     assert (ended.processes, ended.files) == ([], [])
 
 
@@ -406,7 +406,7 @@ def test_two_runs_at_once_in_one_checkout_both_end_correctly(scene):
     assert not [name for run in ended for name in run.files if ".tmp-" not in name]
 
 
-def test_a_taken_port_is_told_in_one_sentence_and_its_holder_does_not_pass_for_our_server(tmp_path):
+def test_a_taken_port_is_reported_in_one_sentence_and_its_holder_does_not_pass_for_our_server(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -29,14 +29,14 @@ def test_a_function_keeps_its_signature_and_docstring_and_loses_its_body():
     source = (
         '@cache\ndef ask(\n    question, seed=7\n):\n    """Say\n    what."""\n    x = 1\n    return x\n\n\n'
     )
-    head = '@cache\ndef ask(\n    question, seed=7\n):\n    """Say\n    what."""\n    ...  # your code here'
+    head = '@cache\ndef ask(question, seed=7):\n    """Say\n    what."""\n    ...  # your code here'
     check = "exercises.check_tell(globals())"
     assert editions.blank(source + check) == f"{head}\n\n\n{check}"
 
 
 def test_a_function_without_a_docstring_keeps_its_first_line():
     blank = editions.blank("def ask(question):\n  return question\nexercises.check_tell(globals())")
-    assert blank.startswith("def ask(question):\n  ...  # your code here\n")
+    assert blank.startswith("def ask(question):\n    ...  # your code here\n")
 
 
 def test_an_assigned_name_stays_and_its_value_goes_with_all_that_leads_to_it():
@@ -113,7 +113,7 @@ def test_links_lead_to_the_projects_files_from_where_an_edition_lies(below, tmp_
         assert all((path.parent / link).is_file() for link in links)
 
 
-def test_a_second_call_writes_them_anew_but_not_over_somebody_s_work(tmp_path, capsys):
+def test_a_second_call_writes_them_again_but_not_over_somebody_s_work(tmp_path, capsys):
     assert main(["student", "--output", str(tmp_path)]) == 0
     assert main(["student", "--output", str(tmp_path)]) == 0
     mine = tmp_path / "student" / "02_CustomPythonWrapper.ipynb"

@@ -35,7 +35,8 @@ _TELL = "def tell(question, seed):\n    {}"
 _MOVE = "def move_alias(alias, number, question, expected):\n    {}"
 _SET = "client.set_registered_model_alias('slm-transformers', alias, number)"
 _GATE = _MOVE.format(
-    "(reply,) = {}.predict({{'messages': chosen.messages({})}})\n"
+    "asked = mlflow.pyfunc.load_model(f'models:/slm-transformers/{number}')\n"
+    "    (reply,) = asked.predict({'messages': chosen.messages(question)})\n"
     "    moves = expected in reply['choices'][0]['message']['content']\n"
     f"    if moves: {_SET}\n"
     "    return moves"
@@ -111,48 +112,25 @@ ATTEMPTS = [
     ("1.1", "def tell(question): return ''", "raised TypeError: tell() takes 1", FIRST_HINT["1.1"]),
     (
         "1.1",
-        "def tell(question, seed):\n    return chatbott(question)",
+        _TELL.format("return chatbott(question)"),
         "raised NameError: name 'chatbott'",
         FIRST_HINT["1.1"],
     ),
     (
         "1.1",
-        f"def tell(question, seed):\n    return {_ASK.format(False)}{_TEXT}",
+        _TELL.format(f"return {_ASK.format(False)}{_TEXT}"),
         "seeds 1, 2 and 3 all gave",
-        "ask with do_sample=True",
+        "do_sample=True",
     ),
+    ("1.1", _TELL.format(f"return {_ASK.format(True)}{_TEXT}"), "seed 1 gave", "Set the seed inside `tell`"),
     (
         "1.1",
-        f"def tell(question, seed):\n    return {_ASK.format(True)}{_TEXT}",
-        "seed 1 gave",
-        "Set the seed inside `tell`",
-    ),
-    (
-        "1.1",
-        f"def tell(question, seed):\n    transformers.set_seed(5)\n    return {_ASK.format(True)}{_TEXT}",
+        _TELL.format(f"transformers.set_seed(5)\n    return {_ASK.format(True)}{_TEXT}"),
         "seeds 1, 2 and 3 all gave",
-        "is the seed you set the one given?",
+        "Is it the seed given?",
     ),
-    ("1.1", f"def tell(question, seed):\n    return {_ASK.format(True)}", "of type list, not str", "content"),
-    ("1.1", "def tell(question, seed): raise SystemExit(3)", "raised SystemExit", FIRST_HINT["1.1"]),
-    (
-        "1.1",
-        _TELL.format("return f'seed {seed}'"),
-        "`tell` returned 'seed 1', and `chatbot` was not asked",
-        "Ask inside `tell`",
-    ),
-    (
-        "1.1",
-        _TELL.format("transformers.set_seed(seed); return " + _ASK.replace("16", "17").format(True) + _TEXT),
-        "the model wrote 17 tokens, and at most 16 were asked for",
-        "max_new_tokens=16",
-    ),
-    (
-        "1.1",
-        _TELL.format(f"transformers.set_seed(seed); return 'Once' + {_ASK.format(True)}{_TEXT}"),
-        "`tell` returned 'Once",
-        "The text is reply[0]",
-    ),
+    ("1.1", _TELL.format(f"return {_ASK.format(True)}"), "of type list, not str", "content"),
+    ("1.1", _TELL.format("return 'once ' * 17"), "17 words, so more than 16 tokens", "max_new_tokens=16"),
     ("1.2", "best_run = runs.run_id[0]", "8 of 8 runs have no metric", "Loop over `runs`"),
     (
         "1.2",
@@ -169,56 +147,21 @@ ATTEMPTS = [
         "words per second; another run has",
         "DESC",
     ),
-    ("1.3", _MOVE.format(f"{_SET}; return True"), "the alias moved although", "inside an `if`"),
-    ("1.3", _MOVE.format("return False"), "the alias did not move, although", "chosen.messages(question)"),
-    ("1.3", _MOVE.format("return 'no'"), "the gate was shut, and the function returned 'no'", "Return False"),
+    ("1.3", _MOVE.format(f"{_SET}; return True"), "is at version 1, not at none", "inside an `if`"),
     (
         "1.3",
-        _MOVE.format(f"if 'elephants' in expected: return False\n    {_SET}; return 'moved'"),
-        "the alias moved, and the function returned 'moved'",
-        "Return True",
+        _MOVE.format("return False"),
+        "the alias is at version none, not at 1",
+        "chosen.messages(question)",
     ),
+    ("1.3", _MOVE.format("return 'no'"), "it returned 'no'", "Return False"),
+    ("1.3", _GATE.replace("return moves", "return 'moved' if moves else False"), "'moved'", "Return True"),
     (
         "1.3",
         "other = mlflow.register_model(model_info.model_uri, 'slm-transformers')\n"
-        + _MOVE.format(
-            f"if 'elephants' in expected: return False\n    {_SET.replace('number', 'other.version')}\n"
-            "    return True"
-        ),
+        + _GATE.replace("alias, number)", "alias, other.version)"),
         "the alias is at version 2, not at 1",
-        "Set it to `number`",
-    ),
-    (
-        "1.3",
-        _MOVE.format(f"if 'elephants' in expected: return False\n    {_SET}; return True"),
-        "version 1 was to be loaded and asked; your function did so with none",
-        "Inside the function: mlflow.pyfunc.load_model(",
-    ),
-    (
-        "1.3",
-        _GATE.format("candidate", "question"),
-        "your function did so with none",
-        "load_model(f'models:/slm-transformers/{number}')",
-    ),
-    (
-        "1.3",
-        _GATE.format("mlflow.pyfunc.load_model('models:/slm-transformers@candidate')", "question"),
-        "your function did so with models:/slm-transformers@candidate",
-        "load_model(f'models:/slm-transformers/{number}')",
-    ),
-    (
-        "1.3",
-        "asked_once = mlflow.pyfunc.load_model('models:/slm-transformers/1').predict(\n"
-        "    {'messages': chosen.messages('What is the capital of Italy?')}\n"
-        ")\n"
-        + _MOVE.format(
-            "mlflow.pyfunc.load_model(f'models:/slm-transformers/{number}').predict({'messages': messages})\n"
-            "    moves = expected in asked_once[0]['choices'][0]['message']['content']\n"
-            f"    if moves: {_SET}\n"
-            "    return moves"
-        ),
-        "version 1 was not asked 'What is the capital of Italy?', but",
-        "Hand the function's own `question`",
+        "set the alias to `number`",
     ),
     ("1.3", _MOVE.format("return mlflow.pyfunc.load_model('models:/nobody/1')"), "raised", "Load f'models:"),
     ("1.4", f"slowest = {_TRACES.format(_MINE)}[0]", "of type Trace, not str", "trace.info.trace_id"),
@@ -233,8 +176,8 @@ ATTEMPTS = [
         "ms; another trace of this version took",
         "DESC",
     ),
-    ("2.1", "better_model = 7", "is 7, and not the path of a file", "exercises.own_file"),
-    ("2.1", "better_model = 'nowhere.py'", "there is no file 'nowhere.py'", "%%writefile"),
+    ("2.1", "better_model = 7", "is 7, which is not the path of a file", "exercises.own_file"),
+    ("2.1", "better_model = 'nowhere.py'", "'nowhere.py', which is not the path of a file", "%%writefile"),
     (
         "2.1",
         "better_model = my_model",
@@ -245,21 +188,15 @@ ATTEMPTS = [
     (
         "2.1",
         "better_model = exercises.own_file('attempt.py')\nPath(better_model).write_text('x = 1')",
-        "the file has no model class",
+        "the file does not say what is its model",
         "class MyModel(mlflow.pyfunc.PythonModel)",
-    ),
-    (
-        "2.1",
-        better(_WITH_PARAMS, "stop=()", _STOPS).replace("mlflow.models.set_model(Better())", ""),
-        "`MyModel` has no `predict_stream`",
-        "Copy",
     ),
     (
         "2.1",
         "better_model = exercises.own_file('attempt.py')\n"
         "source = Path(my_model).read_text(encoding='utf-8').partition('mlflow.models.set')[0]\n"
         "Path(better_model).write_text(source, encoding='utf-8')",
-        "does not say which class is the model",
+        "the file does not say what is its model",
         "mlflow.models.set_model(MyModel())",
     ),
     (
@@ -272,17 +209,9 @@ ATTEMPTS = [
     ),
     (
         "2.1",
-        better(
-            _WITH_PARAMS, "stop=(), seed=None", _STOPS.replace("in text:", "== text[-len(mark):] == text:")
-        ),
-        "neither params={'stop': [...]} nor",
-        "Hand the value on",
-    ),
-    (
-        "2.1",
         better(_WITH_PARAMS, "stop=(), seed=None", _STOPS.replace(".partition(mark)[0]", "")),
         "gave",
-        "Keep what is before the text",
+        "keep what is before it",
     ),
     (
         "2.1",
@@ -291,8 +220,8 @@ ATTEMPTS = [
             "stop=(), seed=None",
             _STOPS.replace("if mark and mark in text", "if len(mark) == 1 and mark in text"),
         ),
-        "a text of several tokens",
-        "in all of the answer so far",
+        "gave",
+        "Look for it in all of the answer so far",
     ),
     (
         "2.1",
@@ -321,23 +250,16 @@ ATTEMPTS = [
     (
         "2.1",
         better(_WITH_STREAM, "yield self.tokenizer.decode(list(self.tokens(prompt)))"),
-        "the stream came in 1 piece",
-        "Inside the loop",
+        "the stream gave [",
+        "In the loop",
     ),
     (
         "2.1",
         better(_WITH_STREAM, "for token in self.tokens(prompt): yield int(token)"),
-        "a piece of the stream is",
+        "the stream gave [",
         "create_stream()",
     ),
-    (
-        "2.1",
-        better(_WITH_STREAM, _STREAMS.replace("yield stream", "yield '|' + stream")),
-        "the pieces make",
-        "create_stream()",
-    ),
-    ("2.1", better(_WITH_STREAM, "1 / 0; yield"), "`predict_stream()` raised ZeroDivisionError", "Copy"),
-    ("2.2", _SCORE.format("ask(table, 6)"), "row 1, with a limit of 2 tokens, got", "Each row's own limit"),
+    ("2.2", _SCORE.format("ask(table, 6)"), "a row with a limit of 2 tokens got", "Each row's own limit"),
     (
         "2.2",
         _SCORE.format(
@@ -364,7 +286,7 @@ ATTEMPTS = [
         "2.3",
         _PEEK.format("return ''.join(piece for piece, _ in zip(stream, range(count)))"),
         "pieces were asked for and",
-        "islice(stream, count)",
+        "itertools.islice does not",
     ),
     (
         "2.3",
@@ -374,8 +296,8 @@ ATTEMPTS = [
     ),
     (
         "2.3",
-        _PEEK.format("return '|' + ''.join(next(stream) for _ in range(count))"),
-        "and `peek` returned '|",
+        _PEEK.format("return ' '.join(next(stream) for _ in range(count))"),
+        "the first 3 of the pieces make 'Once upon a ', and `peek` returned ",
         "Join the pieces",
     ),
     ("2.4", "cities_schema = '[]'", "of type str, not dict", "Write the schema as a dict"),
@@ -397,13 +319,6 @@ ATTEMPTS = [
     ),
     (
         "2.4",
-        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3,\n"
-        "                 'items': {'type': 'string', 'minLength': 200}, 'examples': [1]}",
-        "it does not allow ['Rome'",
-        FIRST_HINT["2.4"],
-    ),
-    (
-        "2.4",
         "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3, 'items': {'type': 'string'}}",
         "the answer was cut before it was whole",
         "maxLength",
@@ -415,37 +330,18 @@ ATTEMPTS = [
         "the model refused it: ",
         FIRST_HINT["2.4"],
     ),
-    (
-        "2.4",
-        "cities_schema = {'x-guidance': {'lenient': True, 'whitespace_flexible': False},\n"
-        "                 'type': 'array', 'minItems': 3, 'maxItems': 3,\n"
-        "                 'items': {'type': 'string', 'maxLength': 20, 'not': {'pattern': '[^A-Za-z]'}}}",
-        "breaks it",
-        "Some keywords do not bind the model",
-    ),
-    (
-        "2.5",
-        _SMALLEST.format("table['size_mb'].idxmin()"),
-        "nats: more than the 0.05 allowed",
-        "Keep only rows that pass",
-    ),
-    (
-        "2.5",
-        _SMALLEST.format("evaluation.gate(table, max_drop, 9).query('passes')['size_mb'].idxmin()"),
-        "more than the 0.05 allowed",
-        "Keep only rows that pass",
-    ),
+    ("2.5", _SMALLEST.format("table['size_mb'].idxmin()"), "it chose", "Take the least size_mb"),
     (
         "2.5",
         _SMALLEST.format("evaluation.gate(table, max_kl=max_kl).query('passes')['size_mb'].idxmin()"),
-        "with max_drop=0.4 and max_kl=0.05 it chose",
-        "hand both bounds on",
+        "with max_drop=0.4 and max_kl=2.0 it chose",
+        "evaluation.gate(table, max_drop, max_kl)",
     ),
     (
         "2.5",
         _SMALLEST.format("evaluation.gate(table, max_drop).query('passes')['size_mb'].idxmin()"),
-        "with max_drop=0.05 and max_kl=2.0 it chose",
-        "hand both bounds on",
+        "with max_drop=0.4 and max_kl=2.0 it chose",
+        "evaluation.gate(table, max_drop, max_kl)",
     ),
     (
         "2.5",
@@ -518,7 +414,7 @@ def test_each_of_the_three_things_solves_the_exercise(place, kind, printed):
 
 @pytest.mark.attempts
 @pytest.mark.parametrize("place", range(len(ATTEMPTS)), ids=[f"{a[0]}: {a[2]}" for a in ATTEMPTS])
-def test_a_wrong_result_is_told_what_is_wrong_and_gets_its_hint(place, printed):
+def test_a_wrong_result_gets_what_is_wrong_and_a_hint(place, printed):
     number, _, wrong, hint = ATTEMPTS[place]
     said = printed[f"attempt-{place}"]
     assert said.startswith(f"✗ Exercise {number}, not yet: ")
@@ -567,7 +463,7 @@ def test_a_learners_file_is_written_wherever_the_project_lies(folder, tmp_path, 
     (tmp_path / folder).mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path / folder)
+    monkeypatch.setattr(exercises, "ROOT", tmp_path / folder)
     shell = InteractiveShell()
     shell.user_ns["my_model"] = exercises.own_file("my_model.py")
     assert shell.run_cell('%%writefile "{my_model}"\nname = "{ö} $HOME %"\n').success
@@ -580,7 +476,7 @@ def test_a_learners_file_goes_to_a_folder_of_its_own_where_the_project_cannot_be
     tmp_path, monkeypatch
 ):
     (tmp_path / "out").write_text("no folder can be made here", encoding="utf-8")
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
     file = Path(exercises.own_file("my_model.py"))
     file.write_text("x = 1", encoding="utf-8")
     assert file.resolve().parent != tmp_path

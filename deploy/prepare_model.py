@@ -87,8 +87,10 @@ def _download(model_uri: str, folder: Path) -> Path:
 
 
 def _rewrite(mlmodel: Path, max_batch_tokens: int) -> None:
-    """Take the paths out of a file `MLmodel`, and bound the memory of a batch."""
+    """Cut the ties of a file `MLmodel` to the machine it comes from, and bound the memory of a batch."""
     about = without_paths(yaml.safe_load(mlmodel.read_text("utf-8")))
+    # With its id, MLflow (3.17) looks the model up in the store when it is loaded; the image has no such store.
+    about.pop("model_id", None)
     function = about["flavors"]["python_function"]
     if function.get("model_code_path") == "onnx_chat_model.py":
         function["config"] = (function.get("config") or {}) | {"max_batch_tokens": max_batch_tokens}

@@ -89,7 +89,7 @@ def _download(model_uri: str, folder: Path) -> Path:
 def _rewrite(mlmodel: Path, max_batch_tokens: int) -> None:
     """Cut the ties of a file `MLmodel` to the machine it comes from, and bound the memory of a batch."""
     about = without_paths(yaml.safe_load(mlmodel.read_text("utf-8")))
-    # With its id, MLflow (3.17) looks the model up in the store when it is loaded; the image has no such store.
+    # MLflow (3.17) looks a model with an id up in its store to describe it; the image has no such store.
     about.pop("model_id", None)
     function = about["flavors"]["python_function"]
     if function.get("model_code_path") == "onnx_chat_model.py":

@@ -1,4 +1,4 @@
-"""One server for a room: thirty learners at once, kept over a restart, closed to others."""
+"""One server for a class: thirty learners at once, kept over a restart, closed to others."""
 
 import os
 import re
@@ -18,9 +18,8 @@ import pytest
 import requests
 from serving_support import connected, left
 
-from helpers import processes, tracking
+from helpers import ROOT, processes, tracking
 from helpers.__main__ import main
-from helpers.environment import ROOT
 from helpers.workshop import classroom
 
 pytestmark = pytest.mark.classroom
@@ -233,7 +232,7 @@ def test_a_folder_that_postgresql_s_user_cannot_reach_is_named(postgres, tmp_pat
     assert not (tmp_path / "room" / "database").exists()
 
 
-def test_without_postgresql_and_apt_it_says_how_to_install_it(monkeypatch, tmp_path, capsys):
+def test_without_postgresql_it_says_how_to_install_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(classroom, "PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     code, error = refused(capsys, "--folder", tmp_path / "room")
@@ -250,51 +249,6 @@ def test_on_windows_it_says_where_it_runs(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "room").exists()
 
 
-# As on a fresh machine: nothing can be installed before the lists of packages are there.
-APT_GET = """#!/bin/sh
-cd {folder}
-echo "$1" >> asked
-case $1 in
-  update) : > lists ;;
-  install) test -e lists && : > {made} ;;
-esac
-"""
-
-
-@pytest.fixture
-def apt_get(monkeypatch, tmp_path):
-    """Make an `apt-get` that leaves a file, and let no other program be found; gives what it was asked."""
-
-    def make(made: str) -> Path:
-        (tmp_path / "bin").mkdir()
-        for name, script in {
-            "apt-get": APT_GET.format(folder=tmp_path, made=made),
-            "sudo": '#!/bin/sh\nexec "$@"\n',
-        }.items():
-            (tmp_path / "bin" / name).write_text(script, encoding="utf-8")
-            (tmp_path / "bin" / name).chmod(0o755)
-        (tmp_path / "pg-15").mkdir()
-        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-        monkeypatch.setattr(classroom, "PLACES", (str(tmp_path / "pg-*"),))
-        return tmp_path / "asked"
-
-    return make
-
-
-def test_it_installs_postgresql_and_fetches_the_lists_of_packages_where_they_are_missing(apt_get, tmp_path):
-    asked = apt_get("pg-15/initdb")
-    classroom.install()
-    assert asked.read_text("utf-8").split() == ["install", "update", "install"]
-    assert classroom.binaries() == tmp_path / "pg-15"
-
-
-def test_an_installation_without_the_programs_is_told(apt_get):
-    asked = apt_get("pg-15/readme")
-    with pytest.raises(RuntimeError, match=r"could not be installed\. Install it with `sudo apt-get"):
-        classroom.install()
-    assert asked.read_text("utf-8").split() == ["install", "update", "install"]
-
-
-def test_a_public_address_is_told_what_is_not_protected():
-    told = classroom._instructions("http://192.168.1.20:5000", Path("classroom"), "192.168.1.20")
-    assert "no log-in and no encryption" in told
+def test_on_a_public_address_it_says_what_is_not_protected():
+    text = classroom._instructions("http://192.168.1.20:5000", Path("classroom"), "192.168.1.20")
+    assert "no log-in and no encryption" in text

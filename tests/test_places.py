@@ -277,12 +277,6 @@ def test_deleting_the_weights_leaves_the_logged_models(weights, tmp_path, monkey
     monkeypatch.setenv("WEIGHTS_DIR", str(own))
     tracking.connect(uri(tmp_path), "e")
     log_both(own)
-
-    def write(folder: Path, progress) -> dict:
-        (folder / "model.safetensors").write_bytes(b"another")
-        return {"source_model": "m", "source_revision": "r", "licence": "l"}
-
-    folders.make(own / "tiny-phi3/checkpoint", {"another": "recipe"}, write, label="another")
     shutil.rmtree(own)
     assert answers()
 
@@ -313,7 +307,8 @@ def test_where_the_system_refuses_a_link_the_copy_stays(weights, tmp_path, monke
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)  # as a file system without links, or another disk
+    # As on a file system without links, or on another disk.
+    monkeypatch.setattr(os, "link", refuse)
     tracking.connect(uri(tmp_path), "e")
     log_both(weights)
     assert answers()

@@ -27,7 +27,8 @@ OMIT = "leave it out"
 TELL = "describe the tool in the system message"
 LOG_SAMPLING = "log or load the model with model_config={'do_sample': True}"
 LOG_PENALTY = "leave it out; log or load the model with model_config={'repetition_penalty': 1.2}"
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "The weather in a city."}}
+_CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": _CITY}}
 
 
 @dataclass(frozen=True)

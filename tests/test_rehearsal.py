@@ -63,14 +63,14 @@ def in_place(monkeypatch, tmp_path):
 
 
 def test_a_model_logged_in_place_is_one_like_any_other(in_place, tiny_phi3_onnx: Path):
-    with mlflow.start_run() as run, in_place.model("phi3-mlflow-model") as place:
+    with mlflow.start_run() as run, in_place.model("phi3-mlflow-model") as given:
         mlflow.pyfunc.save_model(
-            **place,
+            **given,
             python_model=onnx_chat_model.__file__,
             artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
             pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
         )
-    version = mlflow.register_model(f"models:/{place['mlflow_model'].model_id}", "slm-onnx")
+    version = mlflow.register_model(f"models:/{given['mlflow_model'].model_id}", "slm-onnx")
     (logged,) = mlflow.search_logged_models(output_format="list")
     assert (logged.name, logged.status) == ("phi3-mlflow-model", "READY")
     (output,) = mlflow.get_run(run.info.run_id).outputs.model_outputs
@@ -82,9 +82,9 @@ def test_a_model_logged_in_place_is_one_like_any_other(in_place, tiny_phi3_onnx:
 
 def test_a_model_that_could_not_be_logged_in_place_is_marked_failed_and_leaves_no_file(in_place, tmp_path):
     def log_half() -> None:
-        with in_place.model("phi3-mlflow-model") as place:
-            Path(place["path"]).mkdir(parents=True)
-            (Path(place["path"]) / "half").write_text("made", encoding="utf-8")
+        with in_place.model("phi3-mlflow-model") as given:
+            Path(given["path"]).mkdir(parents=True)
+            (Path(given["path"]) / "half").write_text("made", encoding="utf-8")
             raise OSError("disk full")
 
     with mlflow.start_run(), pytest.raises(OSError, match="disk full"):

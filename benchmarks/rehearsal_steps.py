@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import in_place
 import random_phi3
 
 from helpers import tracking
@@ -136,7 +137,7 @@ def transformers_log_in_place(stage: Stage) -> dict:
     chatbot = _pipeline(stage)
     with stage.run("transformers_log_in_place"):
         started = time.perf_counter()
-        with tracking.model_in_place("phi3-mlflow-model") as place:
+        with in_place.model("phi3-mlflow-model") as place:
             mlflow.transformers.save_model(chatbot, **place, **_transformers_contract())
         seconds = time.perf_counter() - started
     return _logged(stage, "transformers_log_in_place", seconds, stage.checkpoint)
@@ -188,7 +189,7 @@ def onnx_log_in_place(stage: Stage) -> dict:
 
     with stage.run("onnx_log_in_place"):
         started = time.perf_counter()
-        with tracking.model_in_place("phi3-mlflow-model") as place:
+        with in_place.model("phi3-mlflow-model") as place:
             mlflow.pyfunc.save_model(**place, **_onnx_contract(stage))
         seconds = time.perf_counter() - started
     return _logged(stage, "onnx_log_in_place", seconds, stage.onnx)

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
 Chat = list[dict[str, str]]  # messages: "role" and "content" of each
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it cost; `seconds` is the whole call."""
+class Answer(NamedTuple):
+    """One answer and what it cost, in seconds; `seconds` is the whole call."""
 
     text: str
     completion_tokens: int
@@ -52,25 +50,19 @@ def answer(loaded: PyFuncModel, chats: list[Chat], max_new_tokens: int) -> list[
         return _answer_with_pipeline(loaded.get_raw_model(), chats, max_new_tokens)
     wrapper = loaded.unwrap_python_model()
     prompts = [wrapper.encode_messages(chat) for chat in chats]
-    completions = wrapper.generate(prompts, {"max_new_tokens": max_new_tokens, "temperature": 0.0})
-    return [
-        Answer(c.text, c.completion_tokens, c.time_to_first_token, c.seconds)
-        for c in (completion.result() for completion in completions)
-    ]
+    started = wrapper.generate(prompts, {"max_new_tokens": max_new_tokens, "temperature": 0.0})
+    completions = [completion.result() for completion in started]
+    return [Answer(c.text, c.completion_tokens, c.time_to_first_token, c.seconds) for c in completions]
 
 
 def _answer_with_pipeline(pipeline, chats: list[Chat], max_new_tokens: int) -> list[Answer]:
-    """The pipeline itself: behind `predict` it cannot be told to batch (unless it was logged so)."""
+    """Ask the pipeline itself: through `predict` it answers in batches only if it was logged so."""
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
     start = time.perf_counter()
-    texts = [
-        row[0]["generated_text"]
-        for row in pipeline(
-            chats, batch_size=16, max_new_tokens=max_new_tokens, do_sample=False, return_full_text=False
-        )
-    ]
+    texts = [row[0]["generated_text"] for row in pipeline(chats, batch_size=16, **options)]
     seconds = time.perf_counter() - start
     counts = [len(ids) for ids in pipeline.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    return [Answer(text, n, float("nan"), seconds) for text, n in zip(texts, counts, strict=True)]
+    return [Answer(text, count, math.nan, seconds) for text, count in zip(texts, counts, strict=True)]
 
 
 def next_token_probabilities(loaded: PyFuncModel, ids: np.ndarray, start: int) -> np.ndarray:
@@ -89,12 +81,11 @@ def next_token_probabilities(loaded: PyFuncModel, ids: np.ndarray, start: int) -
     else:
         import onnxruntime_genai as og
 
-        model = loaded.unwrap_python_model().model
-        search = og.GeneratorParams(model)
-        # Gemma 2 wants room for its whole attention window.
-        window = loaded.unwrap_python_model().decoder.window
-        search.set_search_options(max_length=max(len(ids) + 1, window))
-        generator = og.Generator(model, search)
+        wrapper = loaded.unwrap_python_model()
+        search = og.GeneratorParams(wrapper.model)
+        # As in the wrapper's `decode`: Gemma 2 needs room for its whole attention window.
+        search.set_search_options(max_length=max(len(ids) + 1, wrapper.decoder.window))
+        generator = og.Generator(wrapper.model, search)
         generator.append_tokens(ids)
         logits = generator.get_output("logits")
     return softmax(logits[0, start:].astype("float64"), axis=-1)
@@ -132,9 +123,11 @@ def divergences(
     import numpy as np
 
     wrapper = loaded[reference].unwrap_python_model()
-    begins = len(wrapper.tokenizer.encode(""))  # some tokenizers put a token of their own before every text
+    # Some tokenizers put a token of their own before every text.
+    begins = len(wrapper.tokenizer.encode(""))
     found: dict[str, list] = {name: [] for name in loaded}
-    for chat, text in written:  # one by one: 64 tokens of 49,152 take 25 MB in float64
+    # One text at a time: the probabilities of 64 tokens among 49,152 take 25 MB in float64.
+    for chat, text in written:
         prompt = wrapper.encode_messages(chat)
         ids = np.concatenate([prompt, wrapper.tokenizer.encode(text)[begins:]])
         wanted = next_token_probabilities(loaded[reference], ids, len(prompt) - 1)
@@ -151,16 +144,15 @@ def speeds(loaded: Mapping[str, PyFuncModel], chat: Chat, rounds: int) -> dict[s
 
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in loaded}
     for _ in range(rounds):
-        for name, served in loaded.items():
-            (whole,) = answer(served, [chat], max_new_tokens=24)
+        for name, model in loaded.items():
+            (whole,) = answer(model, [chat], max_new_tokens=24)
             first = whole.time_to_first_token
             if math.isnan(first):  # no stream
-                first = answer(served, [chat], max_new_tokens=1)[0].seconds
-            samples[name].append((first, whole.rate(first)))
-    medians = {name: np.median(pairs, axis=0) for name, pairs in samples.items()}
+                first = answer(model, [chat], max_new_tokens=1)[0].seconds
+            samples[name].append((first * 1e3, whole.rate(first)))
+    medians = {name: np.median(pairs, axis=0).tolist() for name, pairs in samples.items()}
     return {
-        name: {"first_token_ms": float(first) * 1e3, "tokens_per_second": float(rate)}
-        for name, (first, rate) in medians.items()
+        name: {"first_token_ms": first, "tokens_per_second": rate} for name, (first, rate) in medians.items()
     }
 
 

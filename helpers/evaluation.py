@@ -26,21 +26,15 @@ MAX_DROP = 0.05  # of accuracy: five of the hundred questions
 # In nats, and as a share: a text of fp32's costs exp(0.05), so five per cent more perplexity. By Pinsker's
 # inequality, no event's probability is then off by more than sqrt(0.05 / 2), 16 points, on average.
 MAX_KL = 0.05
-BASELINE = "slm-transformers"  # notebook 01's model: measured beside the candidates, never shipped
+# Notebook 01's model: measured beside the candidates, never shipped.
+BASELINE = "slm-transformers"
+# The longest text that fp32 writes for the others to read.
+TEXT_TOKENS = 64
 # Columns of a comparison that are measured, with their units; MB are 10**6 bytes.
-MEASURED = (
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "kl_divergence",
-    "top1_agreement",
-    "tokens_per_second",
-    "first_token_ms",
-    "load_seconds",
-    "memory_mb",
-    "size_mb",
-)
-_TEXT_TOKENS = 64  # longest text that fp32 writes for the others to read
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+DISTANCE = ("kl_divergence", "top1_agreement")
+COSTS = ("tokens_per_second", "first_token_ms", "load_seconds", "memory_mb", "size_mb")
+MEASURED = ACCURACY + DISTANCE + COSTS
 
 
 class GateError(ValueError):
@@ -91,10 +85,9 @@ def compare(
 
     Accuracy comes from one greedy answer a question, decoded in batches. KL divergence and agreement come
     from texts that fp32 writes first: each candidate reads them in one pass, and nothing is sampled; without
-    fp32 they are NaN. Speed comes from single calls, in turns over the candidates so that a busy moment of
-    the machine hits all of them, and is the median of `rounds`. Load time and memory come from a fresh
-    process per candidate: in this one, a model would be given the memory that an earlier one had freed, and
-    seem to need less.
+    fp32 they are NaN. Speed is the median of `rounds` single calls, in turns over the candidates so that a
+    busy moment of the machine hits all of them. Load time and memory come from a fresh process for each: in
+    this one, a model would reuse the memory that an earlier one had freed, and seem to need less.
 
     Args:
         candidates: name → model URI; `fp32`, or else the first, is the reference. Models of `Phi3Model`, or
@@ -113,26 +106,30 @@ def compare(
     import pandas as pd
 
     reference_among(candidates)
-    story, *_ = prompts = [model.messages(prompt) for prompt in open_prompts()]
+    prompts = [model.messages(prompt) for prompt in open_prompts()]
+    asked = questions()["question"]
+    chats = [model.messages(question) for question in asked]
     folders = {name: Path(mlflow.artifacts.download_artifacts(uri)) for name, uri in candidates.items()}
-    costs = pd.DataFrame({name: measuring.footprint(folder, story) for name, folder in folders.items()}).T
+    parts = [_frame({name: measuring.footprint(folder, prompts[0]) for name, folder in folders.items()})]
     with _quiet():
         loaded = {name: measuring.load(folder) for name, folder in folders.items()}
-        asked = questions()["question"]
-        chats = [model.messages(question) for question in asked]
-        answers = pd.DataFrame(
-            {name: _texts(served, chats, max_new_tokens) for name, served in loaded.items()}, index=asked
-        )
-        costs = costs.join(pd.DataFrame(measuring.speeds(loaded, story, rounds)).T)
-        quality = score(answers)
+        texts = {name: _texts(each, chats, max_new_tokens) for name, each in loaded.items()}
+        answers = pd.DataFrame(texts, index=asked)
+        parts.append(_frame(measuring.speeds(loaded, prompts[0], rounds)))
         if "fp32" in loaded:
-            texts = _texts(loaded["fp32"], prompts, _TEXT_TOKENS)
-            written = [*zip(prompts, texts, strict=True)]
-            quality = quality.join(pd.DataFrame(measuring.divergences(loaded, "fp32", written)).T)
-    table = quality.join(costs).reindex(columns=MEASURED).rename_axis("candidate")
+            written = list(zip(prompts, _texts(loaded["fp32"], prompts, TEXT_TOKENS), strict=True))
+            parts.append(_frame(measuring.divergences(loaded, "fp32", written)))
+    table = score(answers).join(parts).reindex(columns=MEASURED).rename_axis("candidate")
     params = {"model": model.key, "max_new_tokens": max_new_tokens, "rounds": rounds}
     logged = {name: _log(name, uri, table.loc[name], params) for name, uri in candidates.items()}
-    return table.join(pd.DataFrame(logged, index=["model_id", "run_id"]).T), answers
+    return table.join(_frame(logged, ("model_id", "run_id"))), answers
+
+
+def _frame(rows: Mapping[str, object], columns: tuple[str, ...] | None = None) -> pd.DataFrame:
+    """A row for each name."""
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 def _texts(loaded, chats: list, max_new_tokens: int) -> list[str]:
@@ -151,7 +148,6 @@ def score(answers: pd.DataFrame) -> pd.DataFrame:
         One row a candidate: `accuracy`, from 0 to 1, and `accuracy_low` to `accuracy_high`, its interval.
     """
     import mlflow
-    import pandas as pd
     from mlflow.entities import Feedback
     from mlflow.genai.scorers import scorer
 
@@ -171,9 +167,9 @@ def score(answers: pd.DataFrame) -> pd.DataFrame:
     ]
     with _quiet():
         metrics = mlflow.genai.evaluate(data=rows, scorers=[correct]).metrics
-    accuracy = {name: float(metrics[f"{name}/mean"]) for name in answers}
-    found = {name: (share, *interval(share, len(rows))) for name, share in accuracy.items()}
-    return pd.DataFrame(found, index=["accuracy", "accuracy_low", "accuracy_high"]).T
+    shares = {name: float(metrics[f"{name}/mean"]) for name in answers}
+    found = {name: (share, *interval(share, len(rows))) for name, share in shares.items()}
+    return _frame(found, ACCURACY)
 
 
 def _log(name: str, uri: str, figures: pd.Series, params: dict) -> tuple[str, str]:
@@ -210,35 +206,42 @@ def gate(table: pd.DataFrame, max_drop: float = MAX_DROP, max_kl: float = MAX_KL
     """
     reference = reference_among(table.index)
     drop = table.loc[reference, "accuracy"] - table["accuracy"]
-    accurate = drop <= max_drop + 1e-9  # 0.05 and the like are not exact in binary; NaN never passes
-    near = (table["kl_divergence"] <= max_kl) | table["kl_divergence"].isna().all()
+    kl = table["kl_divergence"]
+    # 0.05 and the like are not exact in binary. NaN never passes.
+    accurate = drop <= max_drop + 1e-9
+    near = (kl <= max_kl) | kl.isna().all()
     reasons = {}
     for name, row in table.iterrows():
-        accuracy, distance = f"accuracy {row['accuracy']:.1%}", row["kl_divergence"]
         if name == reference:
-            reasons[name] = f"{accuracy}, the reference"
+            reasons[name] = f"accuracy {row['accuracy']:.1%}, the reference"
             continue
-        level = f"{accuracy}, {_level(drop[name] * 100)} {reference}"
-        reasons[name] = _bounded(level, accurate[name], max_drop * 100) + "; "
-        if near[name] and math.isnan(distance):
-            reasons[name] += "KL not measured, for lack of fp32"
-        else:
-            reasons[name] += _bounded(f"KL {distance:.2g} nats", near[name], max_kl)
+        level = f"accuracy {row['accuracy']:.1%}, {_level(drop[name] * 100)} {reference}"
+        distance = _bounded(f"KL {kl[name]:.2g} nats", near[name], max_kl)
+        if near[name] and math.isnan(kl[name]):
+            distance = "KL not measured, for lack of fp32"
+        reasons[name] = f"{_bounded(level, accurate[name], max_drop * 100)}; {distance}"
     passes = accurate & near
     shippable = passes & (table.index != BASELINE)
     if not shippable.any():
-        told = "".join(f"\n{name}: {reason}." for name, reason in reasons.items())
+        found = "".join(f"\n{name}: {reason}." for name, reason in reasons.items())
         raise GateError(
-            f"No candidate passes.{told}\nMeasure another precision, or allow more with max_drop or max_kl."
+            f"No candidate passes.{found}\nMeasure another precision, or allow more with max_drop or max_kl."
         )
-    rates = table["tokens_per_second"].fillna(0)  # a candidate that said nothing has no speed
+    # A candidate that gave no answer has no speed.
+    rates = table["tokens_per_second"].fillna(0)
     winner = rates[shippable].idxmax()
     for name in table.index[passes]:
-        lost = f"slower than {winner} ({rates[name]:.0f} against {rates[winner]:.0f} tokens/s)"
-        fate = "the fastest of those that pass" if name == winner else lost
-        reasons[name] += f"; {'the baseline, not for shipping' if name == BASELINE else fate}"
-    names = table.index.to_series()
-    return table.assign(passes=passes, winner=names == winner, reason=names.map(reasons))
+        reasons[name] += f"; {_place(name, winner, rates)}"
+    return table.assign(passes=passes, winner=table.index == winner, reason=table.index.map(reasons))
+
+
+def _place(name: str, winner: str, rates: pd.Series) -> str:
+    """Why a candidate that passes the gate is shipped, or is not."""
+    if name == BASELINE:
+        return "the baseline, not for shipping"
+    if name == winner:
+        return "the fastest of those that pass"
+    return f"slower than {winner} ({rates[name]:.0f} against {rates[winner]:.0f} tokens/s)"
 
 
 def _level(points: float) -> str:

@@ -16,10 +16,8 @@ _BLUE, _ORANGE = "#0072B2", "#E69F00"
 _LABELS = {
     "seconds": "time of an answer (s)",
     "tokens_per_second": "speed (tokens/s)",
-    "completion_tokens": "length of the answer (tokens)",
     "max_tokens": "max_tokens (longest answer, tokens)",
     "max_new_tokens": "max_new_tokens (longest answer, tokens)",
-    "threads": "threads",
 }
 
 
@@ -47,36 +45,26 @@ def runs_plot(
         )
     numbers = pd.to_numeric(data[parameter], errors="coerce")
     numeric = numbers.notna().all()
-    if numeric:
-        data[parameter] = numbers
-    data = data.sort_values(parameter)
+    data = data.assign(**{parameter: numbers if numeric else data[parameter]}).sort_values(parameter)
+    medians = data.groupby(parameter)[list(metrics)].median()
 
     figure = _figure(4.2 * len(metrics), 3.4, panels=len(metrics))
+    described = []
     for axes, metric in zip(figure.axes, metrics, strict=True):
-        medians = data.groupby(parameter)[metric].median()
+        label = _LABELS.get(metric, metric)
         if numeric:  # a line between categories would mean nothing
-            axes.plot(medians.index, medians.to_numpy(), color=_BLUE, linewidth=1.5, label="median", zorder=1)
+            line = medians[metric].to_numpy()
+            axes.plot(medians.index, line, color=_BLUE, linewidth=1.5, label="median", zorder=1)
         axes.scatter(data[parameter], data[metric], color=_BLUE, edgecolor="white", label="a run", zorder=2)
-        axes.set(xlabel=_LABELS.get(parameter, parameter), ylabel=_LABELS.get(metric, metric))
+        axes.set(xlabel=_LABELS.get(parameter, parameter), ylabel=label)
         axes.set_ylim(0, 1.15 * data[metric].max())
         axes.set_xticks(medians.index)
         _tidy(axes)
+        values = ", ".join(f"{value} → {median:.3g}" for value, median in medians[metric].items())
+        described.append(f"{label}: {values}")
     if numeric:
         figure.axes[0].legend(frameon=False)
-    told = [
-        f"{_LABELS.get(metric, metric)}: "
-        + ", ".join(
-            f"{value} → {median:.3g}" for value, median in data.groupby(parameter)[metric].median().items()
-        )
-        for metric in metrics
-    ]
-    return _described(figure, f"A point for each run against {parameter}. Medians of {'; '.join(told)}.")
-
-
-def _fate(row: pd.Series) -> str:
-    if row.name == evaluation.BASELINE:
-        return "baseline"
-    return "winner" if row["winner"] else "passes" if row["passes"] else "fails the gate"
+    return _describe(figure, f"A point for each run against {parameter}. Medians of {'; '.join(described)}.")
 
 
 def precision_plot(
@@ -109,43 +97,62 @@ def precision_plot(
     speed.set(xlim=(0, None), xlabel="speed of one request (tokens/s)")
     for axes in figure.axes[1:]:
         axes.tick_params(labelleft=False)
-    return _described(figure, _in_words(gated, line, max_kl))
-
-
-def _rows(axes, gated: pd.DataFrame, column: str, scale: float = 1) -> None:
-    """A circle for each candidate in a row of its own, and a bar for its interval if it has one."""
-    values, places = gated[column] * scale, range(len(gated))
-    if f"{column}_low" in gated:
-        low, high = gated[f"{column}_low"] * scale, gated[f"{column}_high"] * scale
-        axes.errorbar(values, places, xerr=[values - low, high - values], fmt="none", ecolor="0.4", zorder=1)
-    colors = [_BLUE if passes else _ORANGE for passes in gated["passes"]]
-    faces = [_BLUE if passes else "white" for passes in gated["passes"]]
-    axes.scatter(values, places, s=110, facecolor=faces, edgecolor=colors, linewidth=2, zorder=2)
-    names = [f"{name}\n{row['size_mb']:.0f} MB, {_fate(row)}" for name, row in gated.iterrows()]
-    axes.set_yticks(places, names)
-    for name, wins in zip(axes.get_yticklabels(), gated["winner"], strict=True):
-        name.set_fontweight("bold" if wins else "normal")
-    axes.set_ylim(len(gated) - 0.5, -0.5)  # the first candidate on top
-    _tidy(axes)
-
-
-def _gate(axes, place: float, text: str) -> None:
-    axes.axvline(place, color="black", linewidth=1, linestyle="--", zorder=0.9)  # above the grid
-    axes.set_title(text, fontsize="small")
-
-
-def _in_words(gated: pd.DataFrame, line: float, max_kl: float) -> str:
-    told = [
+    described = [
         f"{name}: {row['accuracy']:.0%} right ({row['accuracy_low']:.0%} to {row['accuracy_high']:.0%}), "
         f"KL {row['kl_divergence']:.2g} nats, {row['tokens_per_second']:.0f} tokens/s, "
         f"{row['size_mb']:.0f} MB, {_fate(row)}"
         for name, row in gated.iterrows()
     ]
     gate = f"The gate is at {line:.0f}% and {max_kl:g} nats."
-    return f"Accuracy, KL divergence and speed of each candidate. {gate} {'; '.join(told)}."
+    text = f"Accuracy, KL divergence and speed of each candidate. {gate} {'; '.join(described)}."
+    return _describe(figure, text)
 
 
-def _described(figure: Figure, text: str) -> Figure:
+def _rows(axes, gated: pd.DataFrame, column: str, scale: float = 1) -> None:
+    """A circle for each candidate in a row of its own, and a bar for its interval if it has one."""
+    values = gated[column] * scale
+    rows = range(len(gated))
+    if f"{column}_low" in gated:
+        spans = [values - gated[f"{column}_low"] * scale, gated[f"{column}_high"] * scale - values]
+        axes.errorbar(values, rows, xerr=spans, fmt="none", ecolor="0.4", zorder=1)
+    colors = [_BLUE if passes else _ORANGE for passes in gated["passes"]]
+    faces = [_BLUE if passes else "white" for passes in gated["passes"]]
+    axes.scatter(values, rows, s=110, facecolor=faces, edgecolor=colors, linewidth=2, zorder=2)
+    axes.set_yticks(
+        rows, [f"{name}\n{row['size_mb']:.0f} MB, {_fate(row)}" for name, row in gated.iterrows()]
+    )
+    for name, wins in zip(axes.get_yticklabels(), gated["winner"], strict=True):
+        name.set_fontweight("bold" if wins else "normal")
+    axes.set_ylim(len(gated) - 0.5, -0.5)  # the first candidate on top
+    _tidy(axes)
+
+
+def _fate(row: pd.Series) -> str:
+    if row.name == evaluation.BASELINE:
+        return "baseline"
+    if row["winner"]:
+        return "winner"
+    return "passes" if row["passes"] else "fails the gate"
+
+
+def _gate(axes, bound: float, text: str) -> None:
+    axes.axvline(bound, color="black", linewidth=1, linestyle="--", zorder=0.9)  # above the grid
+    axes.set_title(text, fontsize="small")
+
+
+def _figure(width: float, height: float, panels: int) -> Figure:
+    """A figure with panels side by side; width and height in inches.
+
+    Jupyter draws figures only once pyplot is imported, and draws them twice unless they are closed.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, _ = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    return figure
+
+
+def _describe(figure: Figure, text: str) -> Figure:
     """Let the figure carry its alternative text into the notebook, from where nbconvert takes it."""
 
     def mimebundle(**_) -> tuple[dict, dict]:
@@ -155,18 +162,6 @@ def _described(figure: Figure, text: str) -> Figure:
         return {"image/png": png}, {"image/png": {"alt": text}}
 
     figure._repr_mimebundle_ = mimebundle
-    return figure
-
-
-def _figure(width: float, height: float, panels: int = 1) -> Figure:
-    """A figure with panels side by side; width and height in inches.
-
-    Jupyter draws figures only once pyplot is there, and draws them twice unless they are closed.
-    """
-    import matplotlib.pyplot as plt
-
-    figure, _ = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
-    plt.close(figure)
     return figure
 
 

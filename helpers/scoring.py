@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-ROWS_PER_BATCH = 64  # what a task hands the model at once: four of the wrapper's batches, to sort by length
+# What a task hands the model at once: four of the wrapper's batches, which it sorts by length.
+ROWS_PER_BATCH = 64
 LOG_LINES = 15
 
 
@@ -35,15 +36,15 @@ def spark_session(cores: int) -> SparkSession:
     if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
         raise RuntimeError("spark=True needs Java 17 or newer on PATH, or JAVA_HOME; none was found.")
     warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas >= 3")
-    os.environ["PYSPARK_PYTHON"] = sys.executable  # else workers run the first python3 on PATH
+    # Without it, workers run the first python3 on PATH.
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
-    builder = SparkSession.builder.master(f"local[{cores}]").appName("score a table")
-    for name, value in {
+    settings = {
         "spark.sql.execution.arrow.maxRecordsPerBatch": ROWS_PER_BATCH,
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-    }.items():
-        builder = builder.config(name, value)
+    }
+    builder = SparkSession.builder.master(f"local[{cores}]").appName("score a table").config(map=settings)
     with tempfile.NamedTemporaryFile(prefix="spark-", suffix=".log") as log:
         try:
             with _errors_into(log.fileno()):

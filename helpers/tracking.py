@@ -1,85 +1,39 @@
-"""The MLflow store a notebook writes to, and what one answer costs."""
+"""The MLflow store that a notebook writes to."""
 
 from __future__ import annotations
 
 import contextlib
 import filecmp
 import hashlib
-import itertools
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
 import unicodedata
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import ROOT, errors, faults, parameters, places
 from helpers.models import folders
 
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
+OWNER = "process"  # the tag that names the process of a run
 LARGE = 100_000  # bytes from which a file is shared
 _entered: str | None = None  # the workspace that `connect` chose
+
+
+# Connect.
 
 
 def default_uri() -> str:
     """The store used when none is named: `MLFLOW_TRACKING_URI`, or `mlflow.db` beside this project."""
     return parameters.resolved(os.environ.get(parameters.VARIABLE) or "sqlite:///mlflow.db")
-
-
-def open_store(tracking_uri: str = "") -> str:
-    """Point MLflow at a store; one in a SQLite file is made, checked, and settled where it has moved to.
-
-    Args:
-        tracking_uri: a server or database URI; empty for `default_uri()`.
-    Returns:
-        The URI now in use.
-    Raises:
-        errors.StoreFault: if a SQLite file cannot be read and written here.
-    """
-    import mlflow
-
-    uri = parameters.resolved(tracking_uri) or default_uri()
-    file = parameters.sqlite_file(uri)
-    if file:
-        faults.refuse_unusable(file)
-    _quiet()
-    mlflow.set_tracking_uri(uri)
-    if file:
-        # Two notebooks that start at once would both create the database's tables.
-        with _lock(file):
-            mlflow.MlflowClient().search_experiments(max_results=1)
-            places.settle(file, _artifacts(file))
-    return uri
-
-
-def _artifacts(file: Path | None) -> Path:
-    """The artifact folder of a database, to be reached by MLflow; None: one that is no file."""
-    folder = file.parent if file else ROOT
-    try:
-        places.make_link(folder)
-    except OSError as error:
-        link = places.artifacts(folder).parent
-        raise errors.StoreFault(faults.unwritable(link, error.strerror)) from None
-    return places.artifacts(folder)
-
-
-@contextlib.contextmanager
-def _lock(file: Path | None) -> Iterator[None]:
-    """Be the only one that makes tables or experiments in a database; None: one that is no file."""
-    from filelock import FileLock
-
-    lock = FileLock(f"{file or ROOT / 'mlflow.db'}.lock")
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise errors.StoreFault(faults.unwritable(lock.lock_file, error.strerror)) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def connect(tracking_uri: str, experiment: str) -> str:
@@ -88,7 +42,7 @@ def connect(tracking_uri: str, experiment: str) -> str:
     On a server with workspaces (`make classroom`) the experiment's name also chooses the workspace, so that
     thirty learners who all register `slm-onnx` do not move each other's aliases. `MLFLOW_WORKSPACE` wins.
 
-    Runs of this experiment that a killed process left open are ended: see `faults.guard`.
+    Runs of this experiment that a killed process left open are ended.
 
     Args:
         tracking_uri: a server or database URI; empty for `default_uri()`. On a database, also on PostgreSQL,
@@ -101,51 +55,71 @@ def connect(tracking_uri: str, experiment: str) -> str:
     """
     # By default MLflow's client asks a server that is gone for four minutes; this is half a minute.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
-    # Shards of MLflow's 500 MB would cut SmolLM2's one file in two, which `share_files` could not know again.
+    # Shards of MLflow's 500 MB would cut SmolLM2's one file in two, and `share_files` could share neither.
     os.environ.setdefault("MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE", "1GB")
-    context = json.loads(os.environ.get("MLFLOW_RUN_CONTEXT", "{}"))  # tags for every run, says MLflow
-    os.environ["MLFLOW_RUN_CONTEXT"] = json.dumps(context | {faults.OWNER: faults.this_process()})
+    # MLflow puts these tags on every run.
+    tags = json.loads(os.environ.get("MLFLOW_RUN_CONTEXT", "{}"))
+    os.environ["MLFLOW_RUN_CONTEXT"] = json.dumps(tags | {OWNER: _process(os.getpid())})
     # `mlflow run` starts a run for the project and hands it on; the notebook's runs are its own.
     os.environ.pop("MLFLOW_RUN_ID", None)
     uri = open_store(tracking_uri)
     _enter_workspace(uri, experiment)
-    faults.guard(
-        choose_experiment(experiment, f"choose another name: -p experiment {shlex.quote(experiment + '-2')}")
+    number = choose_experiment(
+        experiment, f"choose another name: -p experiment {shlex.quote(experiment + '-2')}"
     )
+    end_abandoned(number)
+    faults.explain_in_notebook(on_full_disk=lambda: end_abandoned(number, mine=True))
+    return uri
+
+
+def open_store(tracking_uri: str = "") -> str:
+    """Point MLflow at a store; one in a SQLite file is made, checked, and settled where it has moved to.
+
+    Returns the URI now in use. Raises errors.StoreFault if a SQLite file cannot be read and written here.
+    """
+    import mlflow
+    from filelock import FileLock
+
+    uri = parameters.resolved(tracking_uri) or default_uri()
+    file = parameters.sqlite_file(uri)
+    if file:
+        faults.refuse_unusable(file)
+    _quiet()
+    mlflow.set_tracking_uri(uri)
+    if file:
+        # Two notebooks that start at once would both create the database's tables.
+        with FileLock(f"{file}.lock"):
+            mlflow.MlflowClient().search_experiments(max_results=1)
+            places.settle(file, places.make_link(file.parent))
     return uri
 
 
 def choose_experiment(name: str, otherwise: str) -> str:
     """Make an experiment the current one, and make it when it is missing; return its id.
 
-    Args:
-        otherwise: what can be done instead of restoring one that has been deleted.
-    Raises:
-        errors.StoreFault: if it was deleted, or keeps its files in a folder that is not there.
+    Raises errors.StoreFault if it was deleted, or keeps its files in a folder that does not exist.
+    `otherwise` says what can be done about it.
     """
     import mlflow
+    from filelock import FileLock
 
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http:", "https:")):
         _refuse_deleted(name, otherwise)
         return mlflow.set_experiment(name).experiment_id
     # MLflow would put artifacts under the working directory, which differs between papermill and Jupyter.
-    file = parameters.sqlite_file(uri)
-    folder = _artifacts(file)
-    with _lock(file):
+    # PostgreSQL has no file here; its artifacts lie where the project's own do.
+    file = parameters.sqlite_file(uri) or ROOT / "mlflow.db"
+    folder = places.make_link(file.parent)
+    with FileLock(f"{file}.lock"):
         _refuse_deleted(name, otherwise)
         if mlflow.get_experiment_by_name(name) is None:
             mlflow.create_experiment(name, artifact_location=folder.as_uri())
         experiment = mlflow.set_experiment(name)
     kept = places.local_path(experiment.artifact_location)
-    if (
-        kept
-        and not kept.is_relative_to(folder)
-        and (experiment.experiment_id == "0" or not kept.parent.exists())
-    ):
+    if kept and not kept.is_relative_to(folder) and not kept.parent.exists():
         raise errors.StoreFault(
-            f"The experiment {name!r} keeps its files in {kept}, which does not belong to this project or is "
-            f"gone. To go on, {otherwise}"
+            f"The experiment {name!r} keeps its files in {kept}, which is gone. To go on, {otherwise}"
         )
     return experiment.experiment_id
 
@@ -156,102 +130,14 @@ def _refuse_deleted(name: str, otherwise: str) -> None:
     found = mlflow.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "deleted":
         return
-    given = {parameters.VARIABLE: parameters.without_password(mlflow.get_tracking_uri())}
-    if workspace := os.environ.get("MLFLOW_WORKSPACE"):
-        given["MLFLOW_WORKSPACE"] = workspace
-    settings = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in given.items())
+    uri = shlex.quote(parameters.without_password(mlflow.get_tracking_uri()))
+    workspace = os.environ.get("MLFLOW_WORKSPACE")
+    inside = f"MLFLOW_WORKSPACE={shlex.quote(workspace)} " if workspace else ""
     raise errors.StoreFault(
-        f"The experiment {name!r} was deleted, and its name stays taken. Restore it: {settings} "
-        f"mlflow experiments restore --experiment-id {found.experiment_id} Or {otherwise}"
+        f"The experiment {name!r} was deleted, and its name stays taken. Restore it: "
+        f"{parameters.VARIABLE}={uri} {inside}mlflow experiments restore --experiment-id "
+        f"{found.experiment_id} Or {otherwise}"
     )
-
-
-def has_files(model_uri: str) -> bool:
-    """Whether the files of a model are still in the store: its entry outlives a deleted folder."""
-    import mlflow
-
-    try:
-        files = mlflow.artifacts.list_artifacts(model_uri)
-    except mlflow.MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            raise
-        return False
-    return any(file.path.rpartition("/")[2] == "MLmodel" for file in files)
-
-
-def refuse_if_gone(model_uri: str) -> None:
-    """Refuse a model whose files are no longer in the store.
-
-    A model that the store does not know is not refused here: what loads it says so.
-
-    Raises:
-        errors.StoreFault: naming the model, where its files were, and how to go on.
-    """
-    import mlflow
-
-    if not model_uri.startswith("models:") or has_files(model_uri):
-        return
-    with contextlib.suppress(mlflow.MlflowException):
-        raise errors.StoreFault(
-            f"The files of {model_uri} are gone: {_place(model_uri)} has none. {faults.START_OVER}"
-        )
-
-
-def _place(model_uri: str) -> str:
-    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
-
-    return ModelsArtifactRepository.get_underlying_uri(model_uri)
-
-
-def share_files(model_uri: str) -> None:
-    """Let a logged model's large files be those that `weights/` or an earlier model has, not further copies.
-
-    Files with the same bytes become one file with several names (hard links), which is read-only: a write
-    through one name cannot harm the others, and deleting a name leaves them alone. Where that cannot be had
-    (a server's store, another disk, a file of another user, Windows, which refuses to delete what is
-    read-only) the copy stays.
-
-    Args:
-        model_uri: `models:/…` of a logged model.
-    """
-    folder = places.local_path(_place(model_uri))
-    if folder is None or os.name == "nt":
-        return
-    fetched = [made.parent.rglob("*") for made in folders.weights_dir().glob(f"*/*/{folders.MANIFEST}")]
-    logged = (path for path in folder.parents[1].glob("*/artifacts/**/*") if folder not in path.parents)
-    twins: dict[int, dict[int, Path]] = {}
-    for path in [*itertools.chain(*fetched), *filter(_is_read_only, logged)]:
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-            about = path.stat()
-            twins.setdefault(about.st_size, {}).setdefault(about.st_ino, path)
-    for path in folder.rglob("*"):
-        if path.is_file() and (size := path.stat().st_size) >= LARGE:
-            same = (twin for twin in twins.get(size, {}).values() if filecmp.cmp(path, twin, shallow=False))
-            if twin := next(same, None):
-                _link(path, twin)
-            _make_read_only(path)
-
-
-def _is_read_only(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-        return not path.stat().st_mode & 0o222
-    return False
-
-
-def _make_read_only(path: Path) -> None:
-    if not _is_read_only(path):
-        path.chmod(0o444)
-
-
-def _link(path: Path, twin: Path) -> None:
-    """Make `path` another name of `twin`, in one step; or leave it, if the system does not allow that."""
-    spare = path.with_name(f".{path.name}.link")
-    try:
-        _make_read_only(twin)
-        os.link(twin, spare)
-        os.replace(spare, path)
-    except OSError:
-        spare.unlink(missing_ok=True)
 
 
 def _enter_workspace(uri: str, experiment: str) -> None:
@@ -259,7 +145,8 @@ def _enter_workspace(uri: str, experiment: str) -> None:
     import mlflow
 
     global _entered
-    if _entered and os.environ.get("MLFLOW_WORKSPACE") == _entered:  # ours, of an earlier call
+    if _entered and os.environ.get("MLFLOW_WORKSPACE") == _entered:
+        # An earlier call chose it, so it may be left.
         mlflow.set_workspace(None)
     _entered = None
     if not uri.startswith(("http:", "https:")) or os.environ.get("MLFLOW_WORKSPACE"):
@@ -281,59 +168,6 @@ def _workspace_name(experiment: str) -> str:
     return name if len(name) > 1 else f"learner-{hashlib.sha256(experiment.encode()).hexdigest()[:12]}"
 
 
-@contextlib.contextmanager
-def model_in_place(name: str) -> Iterator[dict]:
-    """Log a large model into the current run without a second copy of its files, not even for a moment.
-
-    `log_model` (MLflow 3.17) writes a temporary copy and copies that to the store, and loads the model again
-    to try its input example. This gives a flavor's `save_model` the store's own folder:
-
-        with tracking.model_in_place("phi3-mlflow-model") as place:
-            mlflow.transformers.save_model(chatbot, **place)
-        mlflow.pyfunc.load_model(f"models:/{place['mlflow_model'].model_id}")
-
-    Yields:
-        `path` and `mlflow_model`, the arguments that `save_model` needs. If it fails, the model is marked
-        FAILED and what it wrote is removed.
-    Raises:
-        ValueError: if the store's artifacts are not on this machine; use `log_model` there.
-    """
-    import mlflow
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model
-    from mlflow.utils.file_utils import get_local_path_or_none
-
-    run = mlflow.active_run()
-    logged = mlflow.initialize_logged_model(name, source_run_id=run.info.run_id)
-    path = get_local_path_or_none(logged.artifact_location)
-    try:
-        if path is None:
-            raise ValueError(
-                f"Artifacts go to {logged.artifact_location}, not to a disk here: use log_model."
-            )
-        yield {
-            "path": path,
-            "mlflow_model": Model(
-                artifact_path=logged.artifact_location,
-                model_uuid=logged.model_id,
-                model_id=logged.model_id,
-                run_id=run.info.run_id,
-            ),
-        }
-    except BaseException:
-        mlflow.finalize_logged_model(logged.model_id, "FAILED")
-        if path:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-    mlflow.finalize_logged_model(logged.model_id, "READY")
-    mlflow.MlflowClient().log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-
-
-def requirements(*packages: str) -> list[str]:
-    """Pin packages to what is installed, without a build tag: nobody else's index has `torch==2.13.0+cpu`."""
-    return [f"{package}=={version(package).partition('+')[0]}" for package in packages]
-
-
 def _quiet() -> None:
     """Keep confirmations out of saved notebooks; warnings and errors still show."""
     from mlflow.store.model_registry import abstract_store
@@ -341,6 +175,160 @@ def _quiet() -> None:
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
-    for module in (fluent, abstract_store):  # "Created version 1 …" goes to stderr past every logger (3.17)
+    # What this one logs as an error is raised as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # "Created version 1 …" goes to stderr past every logger (MLflow 3.17).
+    for module in (fluent, abstract_store):
         module.eprint = lambda *_: None
+
+
+# End the runs that a killed process left open.
+
+
+def end_abandoned(experiment_id: str, mine: bool = False) -> None:
+    """End the runs whose process has gone, and drop model files that they left half-written.
+
+    MLflow cannot end the run of a process that was killed, nor one whose disk or server was gone by then. A
+    model whose logging was killed or interrupted stays pending, with what had been copied of it (3.17).
+    With `mine`, the open runs of this process are ended, too.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    here = f"tags.{OWNER} LIKE '{platform.node()}:%'"
+    abandoned = []
+    for run in client.search_runs([experiment_id], f"attributes.status = 'RUNNING' and {here}"):
+        owner = run.data.tags[OWNER]
+        if owner != _process(int(owner.split(":")[1])):
+            abandoned.append((run, "KILLED"))
+        elif mine and owner == _process(os.getpid()):
+            abandoned.append((run, "FAILED"))
+    half_made = _half_made_models(experiment_id, here, {run.info.run_id for run, _ in abandoned})
+    # Remove the files first: on a full disk nothing can be written to the store before.
+    for model in half_made:
+        if path := places.local_path(model.artifact_location):
+            shutil.rmtree(path, ignore_errors=True)
+    for model in half_made:
+        client.finalize_logged_model(model.model_id, "FAILED")
+    for run, status in abandoned:
+        client.set_terminated(run.info.run_id, status)
+        print(f"The run {run.info.run_name!r} had not been ended; it is marked {status} now.")
+
+
+def _half_made_models(experiment_id: str, here: str, abandoned: set[str]) -> list[LoggedModel]:
+    """The pending models whose run is abandoned or over; `here` selects the runs of this machine."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    models = mlflow.search_logged_models([experiment_id], output_format="list")
+    pending = [model for model in models if model.status == "PENDING"]
+    if not pending:
+        return []
+    sources = ", ".join(f"'{model.source_run_id}'" for model in pending)
+    runs = client.search_runs([experiment_id], f"attributes.run_id IN ({sources}) and {here}")
+    over = abandoned | {run.info.run_id for run in runs if run.info.status != "RUNNING"}
+    # Read each status again: another process may have finished the model since the search.
+    return [
+        model
+        for model in pending
+        if model.source_run_id in over and client.get_logged_model(model.model_id).status == "PENDING"
+    ]
+
+
+def _process(pid: int) -> str:
+    """`machine:pid:start`, the value of the tag OWNER; without a start if the process has ended.
+
+    Another process may get the number later, but it starts at another time.
+    """
+    import psutil
+
+    start = ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            # On Linux psutil adds the start of the machine, which moves when the clock is put forward.
+            since = psutil.boot_time() if psutil.LINUX else 0
+            start = f"{process.create_time() - since:.2f}"
+    return f"{platform.node()}:{pid}:{start}"
+
+
+# The files of logged models.
+
+
+def has_files(model_uri: str) -> bool:
+    """Whether the files of a model are still in the store: its entry outlives a deleted folder."""
+    import mlflow
+
+    try:
+        files = mlflow.artifacts.list_artifacts(model_uri)
+    except mlflow.MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            raise
+        return False
+    return any(file.path.rpartition("/")[2] == "MLmodel" for file in files)
+
+
+def refuse_if_gone(model_uri: str) -> None:
+    """Raise errors.StoreFault for a model whose files are no longer in the store.
+
+    A model that the store does not know is not refused here: what loads it says so.
+    """
+    import mlflow
+
+    if not model_uri.startswith("models:") or has_files(model_uri):
+        return
+    with contextlib.suppress(mlflow.MlflowException):
+        raise errors.StoreFault(
+            f"The files of {model_uri} are gone: {_place(model_uri)} has none. {faults.START_OVER}"
+        )
+
+
+def _place(model_uri: str) -> str:
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+
+    return ModelsArtifactRepository.get_underlying_uri(model_uri)
+
+
+def share_files(model_uri: str) -> None:
+    """Let a logged model's large files be those that `weights/` or another model has, not further copies.
+
+    Files with the same bytes become one file with several names (hard links), which is read-only: a write
+    through one name cannot harm the others, and deleting a name leaves them alone. Where that cannot be had
+    (a server's store, another disk, a file of another user, Windows, which refuses to delete what is
+    read-only) the copy stays.
+    """
+    folder = places.local_path(_place(model_uri))
+    if folder is None or os.name == "nt":
+        return
+    finished = folders.weights_dir().glob(f"*/*/{folders.MANIFEST}")
+    known = [path for manifest in finished for path in manifest.parent.rglob("*")]
+    known += [path for path in folder.parents[1].glob("*/artifacts/**/*") if folder not in path.parents]
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size >= LARGE:
+            for twin in known:
+                if _link(path, twin):
+                    break
+            path.chmod(0o444)
+
+
+def _link(path: Path, twin: Path) -> bool:
+    """Make `path` another name of `twin`, in one step, if they are alike and the system allows it."""
+    spare = path.with_name(f".{path.name}.link")
+    try:
+        # It compares the sizes first.
+        if not filecmp.cmp(path, twin, shallow=False):
+            return False
+        if path.samefile(twin):
+            return True
+        twin.chmod(0o444)
+        os.link(twin, spare)
+        os.replace(spare, path)
+    except OSError:
+        spare.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def requirements(*packages: str) -> list[str]:
+    """Pin packages to what is installed, without a build tag: nobody else's index has `torch==2.13.0+cpu`."""
+    return [f"{package}=={version(package).partition('+')[0]}" for package in packages]

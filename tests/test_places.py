@@ -309,7 +309,8 @@ def test_where_the_system_refuses_a_link_the_copy_stays(weights, tmp_path, monke
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)  # as a file system without links, or another disk
+    # As on a file system without links, or on another disk.
+    monkeypatch.setattr(os, "link", refuse)
     tracking.connect(uri(tmp_path), "e")
     log_both(weights)
     assert answers()

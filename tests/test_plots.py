@@ -73,7 +73,7 @@ def test_the_gate_is_drawn_where_it_is(gated, max_drop, max_kl, place):
     assert distance.get_title() == f"gate: {max_kl:g} nats"
 
 
-def test_failing_is_told_by_a_hollow_marker_and_not_by_colour_alone(gated):
+def test_failing_is_shown_by_a_hollow_marker_and_not_by_colour_alone(gated):
     for axes in plots.precision_plot(gated).axes:
         hollow = [tuple(color) == to_rgba("white") for color in _points(axes).get_facecolor()]
         assert hollow == [not passes for passes in gated["passes"]]
@@ -83,11 +83,6 @@ def test_without_kl_there_is_no_panel_for_it(gated):
     gated = evaluation.gate(gated.drop("fp32").assign(kl_divergence=float("nan")))
     labels = [axes.get_xlabel() for axes in plots.precision_plot(gated).axes]
     assert labels == ["accuracy (% of the questions, 95 % interval)", "speed of one request (tokens/s)"]
-
-
-def test_candidates_that_say_nothing_can_be_drawn(gated, tmp_path):
-    gated = evaluation.gate(gated.assign(accuracy=0.0, accuracy_low=0.0, tokens_per_second=float("nan")))
-    plots.precision_plot(gated).savefig(tmp_path / "precision.png")
 
 
 def test_axes_carry_units(gated, runs):
@@ -126,13 +121,11 @@ def test_a_parameter_that_no_run_has_is_a_clear_error(runs):
         plots.runs_plot(runs, "threads")
 
 
-def test_figures_can_be_saved_and_are_not_shown(gated, runs, tmp_path):
-    for name, figure in {
-        "precision": plots.precision_plot(gated),
-        "runs": plots.runs_plot(runs, "dtype"),
-    }.items():
-        figure.savefig(tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+def test_figures_can_be_saved_also_of_candidates_that_say_nothing(gated, runs, tmp_path):
+    silent = evaluation.gate(gated.assign(accuracy=0.0, accuracy_low=0.0, tokens_per_second=float("nan")))
+    for figure in (plots.precision_plot(silent), plots.runs_plot(runs, "dtype")):
+        figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.kernel
@@ -152,9 +145,9 @@ plots.runs_plot(runs, "threads", ["seconds"])
     assert len(drawn) == 1
 
 
-def test_figures_tell_their_figures_to_those_who_cannot_see_them(gated, runs):
+def test_figures_carry_their_figures_as_alternative_text(gated, runs):
     _, precision = plots.precision_plot(gated)._repr_mimebundle_()
-    told = "int8: 72% right (63% to 80%), KL 0.0045 nats, 137 tokens/s, 271 MB, winner"
-    assert told in precision["image/png"]["alt"]
+    text = "int8: 72% right (63% to 80%), KL 0.0045 nats, 137 tokens/s, 271 MB, winner"
+    assert text in precision["image/png"]["alt"]
     _, study = plots.runs_plot(runs, "max_new_tokens")._repr_mimebundle_()
     assert "8 → 0.4, 16 → 0.8, 64 → 3.2" in study["image/png"]["alt"]

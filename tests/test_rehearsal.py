@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import onnx
 import pytest
 
-from helpers.models import catalog, export, fetch
+from helpers import tracking
+from helpers.models import catalog, export, fetch, onnx_chat_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -45,8 +47,51 @@ def test_logging_in_place_adds_the_model_once(place: Path):
     for flow in ("transformers", "onnx"):
         logged = steps[f"{flow}_log_in_place"]
         assert logged["logged_bytes"] == pytest.approx(logged["model_bytes"] + 20_000, abs=20_000)
-        journal = 100_000  # of the database, now and then; a copy of the model is three times as much
+        # Now and then of the database. A copy of the model is three times as much.
+        journal = 100_000
         assert logged["most_disk_bytes"] < logged["logged_bytes"] + journal
+
+
+@pytest.fixture
+def in_place(monkeypatch, tmp_path):
+    """The module, in a store of its own."""
+    before = mlflow.get_tracking_uri()
+    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "in place")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("in_place")
+    mlflow.set_tracking_uri(before)
+
+
+def test_a_model_logged_in_place_is_one_like_any_other(in_place, tiny_phi3_onnx: Path):
+    with mlflow.start_run() as run, in_place.model("phi3-mlflow-model") as given:
+        mlflow.pyfunc.save_model(
+            **given,
+            python_model=onnx_chat_model.__file__,
+            artifacts={"phi3-mini-onnx": str(tiny_phi3_onnx)},
+            pip_requirements=tracking.requirements("mlflow-skinny", "pandas", "onnxruntime-genai"),
+        )
+    version = mlflow.register_model(f"models:/{given['mlflow_model'].model_id}", "slm-onnx")
+    (logged,) = mlflow.search_logged_models(output_format="list")
+    assert (logged.name, logged.status) == ("phi3-mlflow-model", "READY")
+    (output,) = mlflow.get_run(run.info.run_id).outputs.model_outputs
+    loaded = mlflow.pyfunc.load_model(f"models:/slm-onnx/{version.version}")
+    assert output.model_id == logged.model_id == loaded.metadata.model_id
+    assert logged.source_run_id == loaded.metadata.run_id == run.info.run_id
+    assert len(loaded.predict({"prompt": "Hi"}, params={"max_new_tokens": 4})) == 1
+
+
+def test_a_model_that_could_not_be_logged_in_place_is_marked_failed_and_leaves_no_file(in_place, tmp_path):
+    def log_half() -> None:
+        with in_place.model("phi3-mlflow-model") as given:
+            Path(given["path"]).mkdir(parents=True)
+            (Path(given["path"]) / "half").write_text("made", encoding="utf-8")
+            raise OSError("disk full")
+
+    with mlflow.start_run(), pytest.raises(OSError, match="disk full"):
+        log_half()
+    (logged,) = mlflow.search_logged_models(output_format="list")
+    assert logged.status == "FAILED"
+    assert not [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()]
 
 
 @pytest.mark.models

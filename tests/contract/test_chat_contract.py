@@ -2,46 +2,30 @@
 
 from importlib.metadata import version
 
+import further_cases
 import mlflow
+import pandas as pd
 import pytest
 
 from helpers import chat_contract, tracking
 from helpers.chat_contract import FAILS, HONOURED, IGNORED, NOT_SHOWN
 
-# Field, a part of what the table says was sent, outcome; in the table's order.
-TODAY = [
-    ("messages", "system and user", HONOURED),
-    ("messages", "several turns", HONOURED),
-    ("messages", "a turn without content", FAILS),
-    ("messages", "empty list", FAILS),
-    ("messages", "two rows", HONOURED),
-    ("temperature", "0.0", HONOURED),
-    ("temperature", "50.0", IGNORED),
-    ("temperature", "0.0, sampling on", FAILS),
-    ("temperature", "50.0, sampling on", HONOURED),
-    ("max_tokens", "", HONOURED),
-    ("max_tokens", "0", IGNORED),
-    ("max_tokens", "in two rows", IGNORED),
-    ("stop", "answer ends there", HONOURED),
-    ("stop", "stop text left out", IGNORED),
-    ("stop", "inside a token", IGNORED),
-    ("stop", "model moved", FAILS),
-    ("n", "1", FAILS),
-    ("n", "2", FAILS),
-    ("stream", "False", FAILS),
-    ("stream", "True", FAILS),
-    ("top_p", "0.9", IGNORED),
-    ("top_p", "sampling on", HONOURED),
-    ("top_k", "50", IGNORED),
-    ("top_k", "sampling on", HONOURED),
-    ("frequency_penalty", "0.0", FAILS),
-    ("frequency_penalty", "2.0", FAILS),
-    ("presence_penalty", "0.0", FAILS),
-    ("presence_penalty", "2.0", FAILS),
-    ("tools", "one function", IGNORED),
-    ("custom_inputs", "", FAILS),
-    ("unknown key", "do_sample", IGNORED),
-]
+# The notebook's table. `further_cases` has more values of the same fields.
+TODAY = {
+    "messages": HONOURED,
+    "temperature": IGNORED,
+    "max_tokens": HONOURED,
+    "stop": HONOURED,
+    "n": FAILS,
+    "stream": FAILS,
+    "top_p": IGNORED,
+    "top_k": IGNORED,
+    "frequency_penalty": FAILS,
+    "presence_penalty": FAILS,
+    "tools": IGNORED,
+    "custom_inputs": FAILS,
+}
+QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
 
 
 @pytest.fixture(scope="module")
@@ -73,57 +57,54 @@ def table(loaded):
     return chat_contract.chat_contract(loaded)
 
 
-def test_every_field_of_the_chat_signature_does_what_it_did(table):
-    assert len(table) == len(TODAY)
+@pytest.fixture(scope="module")
+def complete(loaded, table):
+    """The notebook's rows and the further ones, each with its outcome of `today`."""
+    return pd.concat([table.assign(today=table["field"].map(TODAY)), further_cases.send(loaded)])
+
+
+def test_every_value_of_every_field_does_what_it_did(complete):
     changes = [
-        f"  {row.field} ({row.sent}): was {was}, is {row.outcome}. Observed: {row.observed}"
-        for row, (_, _, was) in zip(table.itertuples(), TODAY, strict=True)
-        if row.outcome != was
+        f"  {row.field} ({row.sent}): was {row.today}, is {row.outcome}. Observed: {row.observed}"
+        for row in complete.itertuples()
+        if row.outcome != row.today
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("mlflow", "transformers"))
     assert not changes, "\n".join([f"The chat contract changed with {versions}:", *changes])
 
 
-def test_the_pinned_rows_are_the_rows_of_the_table(table):
-    for row, (field, sent, _) in zip(table.itertuples(), TODAY, strict=True):
-        assert row.field == field
-        assert sent in row.sent
+def test_the_table_has_one_row_for_each_field_in_the_signature_s_order(loaded, table):
+    assert list(table["field"]) == loaded.metadata.signature.inputs.input_names()
 
 
-def test_no_field_of_the_signature_is_left_out(loaded, table):
-    assert set(loaded.metadata.signature.inputs.input_names()) <= set(table["field"])
+def test_advice_is_given_exactly_where_a_field_is_not_honoured(complete):
+    assert ((complete["instead"] == "") == (complete["outcome"] == HONOURED)).all()
 
 
-def test_advice_is_given_exactly_where_a_field_is_not_honoured(table):
-    assert ((table["instead"] == "") == (table["outcome"] == HONOURED)).all()
+def test_a_failing_request_names_its_field(complete):
+    failing = complete[complete["outcome"] == FAILS]
+    failing = failing[failing["field"].isin(["n", "stream", "custom_inputs"])]
+    assert all(row.field in row.observed for row in failing.itertuples())
 
 
 def test_the_advised_repetition_penalty_changes_the_answer(loaded):
-    question = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
-    advised = chat_contract._variant(
-        loaded, repetition_penalty=50.0
-    )  # random weights repeat themselves little
-    assert advised.predict(question)[0]["choices"] != loaded.predict(question)[0]["choices"]
+    # Random weights repeat themselves little.
+    advised = chat_contract.variant(loaded, repetition_penalty=50.0)
+    assert advised.predict(QUESTION)[0]["choices"] != loaded.predict(QUESTION)[0]["choices"]
 
 
 def test_an_answer_that_is_merely_shorter_does_not_count_as_stopped():
     def reply(text: str) -> list[dict]:
         return [{"choices": [{"message": {"content": text}}]}]
 
-    stopped = chat_contract._ends_at("capital", "The capital of Spain is Madrid.")
+    stopped = chat_contract.ends_at("capital", "The capital of Spain is Madrid.")
     assert stopped(reply("The capital"))
     assert stopped(reply("The "))
     assert not any(stopped(reply(text)) for text in ("", "The cap", "The capital of", "Madrid"))
 
 
-def test_a_failing_request_names_its_field(table):
-    failing = table[(table["outcome"] == FAILS) & table["field"].isin(["n", "stream", "custom_inputs"])]
-    assert all(row.field in row.observed for row in failing.itertuples())
-
-
 def test_trying_the_fields_leaves_the_loaded_model_as_it_was(loaded, table):
-    question = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
-    answers = {loaded.predict(question)[0]["choices"][0]["message"]["content"] for _ in range(3)}
+    answers = {chat_contract.text(loaded.predict(QUESTION)) for _ in range(3)}
     assert len(answers) == 1  # still greedy
 
 
@@ -146,6 +127,6 @@ def test_a_model_that_answers_nothing_gets_a_table_too(loaded):
         weight.data.copy_(before)
         greedy.generation_config.eos_token_id = ends
     unseen = table[table["outcome"] == NOT_SHOWN]
-    assert list(unseen["field"]) == ["max_tokens"] * 3 + ["stop"] * 3
+    assert list(unseen["field"]) == ["max_tokens", "stop"]
     assert set(unseen["instead"]) == {""}
-    assert list(table["field"]) == [field for field, *_ in TODAY]
+    assert list(table["field"]) == list(TODAY)

@@ -75,8 +75,11 @@ class Kernel:
     def check(self, answer: str) -> str:
         self.process.stdin.write(f"{answer}\n")
         self.process.stdin.flush()
-        lines = iter(self.process.stdout.readline, "---\n")
-        return "".join(line for line in lines if line)
+        lines = []
+        while (line := self.process.stdout.readline()) != "---\n":
+            assert line, "the learner's process has ended"
+            lines.append(line)
+        return "".join(lines)
 
     def end(self) -> None:
         self.process.stdin.close()

@@ -5,8 +5,9 @@
 About one minute on two cores. Every learner is a process with an experiment and a workspace of its own.
 They wait for each other, then each logs RUNS runs (parameters, a metric at every step, a file, a tag) and
 registers the toy ONNX model with an alias, as notebook 02 does. Afterwards everything is read back from the
-server, and its log tells what it answered. Clients and server share this machine's cores, so a real room is
-faster. Prints what it found and writes benchmarks/results/classroom.json.
+server, and its log tells what it answered. Then all of them try the nine exercises at once, fail, retry and
+solve, and the board is compared with what they did. Clients and server share this machine's cores, so a real
+room is faster. Prints what it found and writes benchmarks/results/classroom.json.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import machine
 
 from helpers import tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, onnx_chat_model
-from helpers.workshop import classroom
+from helpers.workshop import board, classroom
 
 import mlflow  # isort: skip
 
@@ -55,6 +56,7 @@ def main() -> None:
         folder.chmod(0o755)  # root's PostgreSQL runs as another user
         with classroom.running(folder, port=None, workers=options.workers) as uri:
             result = measure(uri, folder, options.learners, options.steps)
+            result["exercises"] = exercises(uri, options.learners)
     result = {"server workers": options.workers, **result}
     print(json.dumps(result, indent=2))
     machine.write("classroom", result, "psycopg2-binary", "uvicorn", folder=options.output)
@@ -65,7 +67,7 @@ def measure(uri: str, folder: Path, learners: int, steps: int) -> dict:
     log = folder / "mlflow.log"
     before = log.stat().st_size
     began = time.perf_counter()
-    lessons = lesson(uri, learners, steps)
+    lessons = together(learn, uri, learners, steps)
     seconds = time.perf_counter() - began
     whole = [kept(uri, lesson, steps) for lesson in lessons]
     answers = re.findall(r'HTTP/[\d.]+" (\d{3})', log.read_bytes()[before:].decode(errors="replace"))
@@ -102,13 +104,13 @@ def spread(seconds: list[float]) -> dict[str, float]:
 # ---- a learner ----
 
 
-def lesson(uri: str, learners: int, steps: int) -> list[dict]:
-    """All learners' lessons, each in a process of its own that has nothing but Python's modules from here."""
+def together(target: Callable, uri: str, learners: int, *args: object) -> list[dict]:
+    """What all learners put into the queue, each in a process that has nothing but modules from here."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["mlflow.pyfunc", "helpers.models.onnx_chat_model", "helpers.tracking"])
     start_line, answers = processes.Barrier(learners), processes.Queue()
     room = [
-        processes.Process(target=learn, args=(uri, number, steps, start_line, answers))
+        processes.Process(target=target, args=(uri, number, *args, start_line, answers))
         for number in range(learners)
     ]
     for learner in room:
@@ -166,6 +168,56 @@ def register() -> None:
         registered_model_name="slm-onnx",
     )
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "candidate", info.registered_model_version)
+
+
+# ---- exercises ----
+
+
+def exercises(uri: str, learners: int, reads: int = 7) -> dict:
+    """Let all learners try all exercises at once, and compare the board with what they did."""
+    began = time.perf_counter()
+    tried = together(solve, uri, learners)
+    seconds = time.perf_counter() - began
+    client, lost, strange, times = mlflow.MlflowClient(uri), 0, 0, []
+    for _ in range(reads):
+        began = time.perf_counter()
+        shown = {learner.name: learner.outcomes for learner in board.read(client)}
+        times.append(time.perf_counter() - began)
+    for one in tried:
+        outcomes = shown.get(one["experiment"], {})
+        for exercise, (attempts, solved) in one["exercises"].items():
+            found = outcomes.get(exercise, board.Outcome(False, 0, 0, ""))
+            lost += max(0, attempts - found.attempts) + (solved and not found.solved)
+            strange += max(0, found.attempts - attempts) + (found.solved and not solved)
+            strange += not solved and found.hint != f"a hint for {one['experiment']}"
+    return {
+        "outcomes": sum(attempts for one in tried for attempts, _ in one["exercises"].values()),
+        "outcomes lost": lost,
+        "outcomes attributed to another": strange,
+        "all outcomes sent, s": round(seconds, 1),
+        "a check waits, ms": spread([taken for one in tried for taken in one["waited"]]),
+        "board read, ms": {"min": round(1000 * min(times), 1), **spread(times)},
+    }
+
+
+def solve(uri: str, number: int, start_line, answers) -> None:
+    """One learner's exercises: some solved at once, some after wrong attempts, some not at all."""
+    experiment = f"learner-{number:02}"
+    todo = {
+        exercise: (1 + (number + place) % 3, (number + place) % 5 != 0)
+        for place, exercise in enumerate(board.EXERCISES)
+    }
+    waited = []
+    os.environ.pop("MLFLOW_WORKSPACE", None)
+    start_line.wait(timeout=300)
+    tracking.connect(uri, experiment)
+    for exercise, (attempts, solved) in todo.items():
+        for attempt in range(1, attempts + 1):
+            began = time.perf_counter()
+            board.report(exercise, solved and attempt == attempts, f"a hint for {experiment}")
+            waited.append(time.perf_counter() - began)
+    board.wait(600)
+    answers.put({"experiment": experiment, "exercises": todo, "waited": waited})
 
 
 # ---- what is there afterwards ----

@@ -1,0 +1,210 @@
+"""A kit for a mixed room without network: wheels for each kind of laptop, the models, checksums, a page."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+from helpers import ROOT, environment
+from helpers.models import catalog, export, fetch
+
+# README asks for glibc 2.28 or newer.
+MANYLINUX = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010"]
+# Name → system and processor as Python calls them, the markers' sys_platform and os_name, pip's platforms.
+SYSTEMS = {
+    "linux-x86_64": ("Linux", "x86_64", "linux", "posix", [f"{tag}_x86_64" for tag in MANYLINUX]),
+    "linux-aarch64": ("Linux", "aarch64", "linux", "posix", [f"{tag}_aarch64" for tag in MANYLINUX]),
+    "macos-arm64": ("Darwin", "arm64", "darwin", "posix", ["macosx_14_0_arm64"]),
+    "windows-amd64": ("Windows", "AMD64", "win32", "nt", ["win_amd64"]),
+}
+PYTHONS = ("3.11", "3.12", "3.13")
+MODELS = ("smollm2-135m", "tiny-phi3")
+WHEELS_MB = 600  # of one folder, measured for Linux
+
+PAGE = """\
+Which laptop takes which folder
+
+{rows}
+
+A folder marked "not run" has every package that its kind of laptop needs, by the packages' own metadata;
+nothing was installed from it. Try it on one such laptop.
+
+1. Copy the project to the laptop, and the folder weights of this kit into the project.
+2. In the project's folder, with a folder from above in place of FOLDER:
+     Linux, macOS   make run WHEELHOUSE=FOLDER PARAMS="-p offline True"
+     Windows        py -3.12 -m helpers setup --wheelhouse FOLDER
+                    .venv\\Scripts\\python -m helpers run -p offline True
+3. `make doctor` (Windows: .venv\\Scripts\\python -m helpers doctor) ends with "Everything needed is here."
+
+To compare a copy with its checksums:  sha256sum -c SHA256SUMS  (macOS: shasum -a 256 -c SHA256SUMS)
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of laptop: a key of SYSTEMS, and a minor version of Python."""
+
+    system: str
+    python: str
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """From "linux-x86_64:3.11"; ValueError for what is not known."""
+        system, _, python = text.partition(":")
+        if system not in SYSTEMS or python not in PYTHONS:
+            raise ValueError(
+                f"{text!r} is not a system and a Python. The systems are {', '.join(SYSTEMS)}, the Pythons "
+                f"{', '.join(PYTHONS)}. For example: make kit PLATFORMS=macos-arm64:3.12"
+            )
+        return cls(system, python)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.system}-{self.python}"
+
+    @property
+    def is_here(self) -> bool:
+        here = (platform.system(), platform.machine(), ".".join(platform.python_version_tuple()[:2]))
+        return (*SYSTEMS[self.system][:2], self.python) == here
+
+    def pins(self, lock: Path = environment.LOCK) -> dict[str, str]:
+        """Name → version of what the lock has for this kind of laptop."""
+        name, machine, sys_platform, os_name, _ = SYSTEMS[self.system]
+        markers = {
+            "platform_system": name,
+            "platform_machine": machine,
+            "sys_platform": sys_platform,
+            "os_name": os_name,
+            "python_version": self.python,
+            "python_full_version": f"{self.python}.99",  # a late patch release
+            "implementation_name": "cpython",
+        }
+        lines = [line for line in lock.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+        wanted = [one for one in map(Requirement, lines) if not one.marker or one.marker.evaluate(markers)]
+        return {one.name: str(one.specifier).removeprefix("==") for one in wanted}
+
+
+def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
+    """Gather in `output` a folder of wheels for each of `platforms`, the models, a page and checksums.
+
+    What is there already stays, so that a second try goes on.
+
+    Returns:
+        0, or 1 if a package has no wheel for one of them; the page and the output say which.
+    Raises:
+        ValueError: for a platform that is not known, or too little disk; before anything is made.
+        SystemExit: if pip fails for another reason.
+    """
+    targets = [Target.parse(text) for text in platforms]
+    folders = _models()
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*")) / 1e6
+    needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output.absolute().parent).free / 1e6
+    print(
+        f"{output.name}: models {size:,.0f} MB, wheels about {WHEELS_MB} MB for each of {len(targets)} kinds "
+        f"of laptops; {needed:,.0f} MB in all, {free:,.0f} MB are free.",
+        flush=True,
+    )
+    if free < needed:
+        raise ValueError(
+            f"{output} needs {needed:,.0f} MB, and {free:,.0f} MB are free. Name another --output."
+        )
+    for folder in folders:
+        copy = output / "weights" / folder.parent.name / folder.name
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+    missing = {target: _gather(target, output / target.folder) for target in targets}
+    _write_page(output, missing)
+    return 1 if any(missing.values()) else 0
+
+
+def _models() -> list[Path]:
+    """The checkpoint and the ONNX folders of both models, fetched and converted where they are missing."""
+    folders = []
+    for model in map(catalog.find, MODELS):
+        folders += [fetch.checkpoint(model), *(export.onnx_folder(model, p) for p in export.compared(model))]
+    return folders
+
+
+def _gather(target: Target, folder: Path) -> list[str]:
+    """Fetch the wheels of a target, and list them as `make wheelhouse` does; returns what has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = folder / environment.CONTENTS
+    listed.unlink(missing_ok=True)
+    pins, missing = target.pins(), []
+    torch = pins.pop("torch")
+    while failed := _download(target, folder, [f"{name}=={version}" for name, version in pins.items()]):
+        missing.append(f"{failed}=={pins.pop(failed)}")
+    # On Linux the default index has torch for CUDA, with gigabytes of further packages.
+    pins["torch"] = f"{torch}+cpu" if target.system.startswith("linux") else torch
+    wanted = [f"torch=={pins['torch']}"]
+    if _download(target, folder, wanted) and _download(
+        target, folder, wanted, "--extra-index-url", f"{environment.TORCH_BUILDS}/cpu"
+    ):
+        missing += wanted
+    print(f"{folder.name}: {'no wheel for ' + ', '.join(missing) if missing else 'complete'}", flush=True)
+    if not missing:
+        listed.write_text(_contents(target, folder, pins), encoding="utf-8")
+    return missing
+
+
+def _download(target: Target, folder: Path, wanted: list[str], *options: str) -> str:
+    """Let pip fetch the wheels; returns the name of a package that has none, or ""."""
+    tags = [part for tag in SYSTEMS[target.system][4] for part in ("--platform", tag)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", target.python, *tags, "--dest", str(folder)]
+    done = subprocess.run(
+        [*command, *options, *wanted], capture_output=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode == 0:
+        return ""
+    if found := re.search(r"No matching distribution found for ([\w.-]+)==", done.stderr):
+        return found[1]
+    raise SystemExit(
+        f"{folder.name} is not complete. The same command goes on from here.\n{done.stderr.strip()}"
+    )
+
+
+def _contents(target: Target, folder: Path, pins: dict[str, str]) -> str:
+    """What the folder was made for, and a line with version and sha256 for each wheel; removes all others."""
+    digest = hashlib.sha256(environment.LOCK.read_bytes()).hexdigest()
+    system, machine = SYSTEMS[target.system][:2]
+    lines = [f"# {system} {machine} with Python {target.python}", f"# {environment.LOCK.name} {digest}"]
+    for wheel in sorted(folder.glob("*.whl")):
+        name, version, _, _ = parse_wheel_filename(wheel.name)
+        if name in pins and version == Version(pins[name]):
+            lines.append(f"{name}=={version} --hash=sha256:{_sha256(wheel)}  # {wheel.name}")
+        else:
+            wheel.unlink()
+    return "\n".join(lines) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_page(output: Path, missing: dict[Target, list[str]]) -> None:
+    rows = []
+    for target, lacking in missing.items():
+        size = sum(path.stat().st_size for path in (output / target.folder).iterdir()) / 1e6
+        state = "the kind of the machine that made this kit" if target.is_here else "not run"
+        if lacking:
+            state = f"NOT COMPLETE, needs a network: no wheel for {', '.join(lacking)}"
+        system, machine = SYSTEMS[target.system][:2]
+        name = {"Darwin": "macOS 14 or newer"}.get(system, system)
+        rows.append(
+            f"  {target.folder:<20} {name}, {machine}, Python {target.python}: {size:.0f} MB; {state}"
+        )
+    (output / "README.txt").write_text(PAGE.format(rows="\n".join(rows)), encoding="utf-8")
+    files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "SHA256SUMS"]
+    sums = [f"{_sha256(path)}  {path.relative_to(output).as_posix()}\n" for path in files]
+    (output / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")

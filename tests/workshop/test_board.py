@@ -1,0 +1,201 @@
+"""The board: what checks leave in MLflow, in whose workspace, and how a teacher reads it."""
+
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import nbformat
+import pytest
+from fastapi.testclient import TestClient
+
+from helpers import ROOT, processes, tracking
+from helpers.workshop import board, classroom, notebooks
+from helpers.workshop.board import Learner, Outcome
+
+SOLVED = Outcome(solved=True, attempts=3, minutes=40, hint="")
+TRYING = Outcome(solved=False, attempts=2, minutes=4, hint="Look again.")
+MANY = Outcome(solved=False, attempts=6, minutes=1, hint="Set the seed.")
+SILENT = Outcome(solved=False, attempts=1, minutes=12, hint="Keep the id.")
+
+
+# ---- without a server ----
+
+
+@pytest.fixture
+def workspace(monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_WORKSPACE", "anna")
+
+
+@pytest.fixture
+def tracking_uri() -> Iterator[None]:
+    before = mlflow.get_tracking_uri()
+    yield
+    board.wait(60)
+    mlflow.set_tracking_uri(before)
+
+
+def test_the_board_knows_every_exercise_of_the_notebooks():
+    cells = [
+        cell for path in notebooks.NOTEBOOKS.values() for cell in nbformat.read(path, as_version=4).cells
+    ]
+    titles = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert tuple(re.findall(r"^### On your own, exercise (\d\.\d)", titles, re.MULTILINE)) == board.EXERCISES
+
+
+@pytest.mark.parametrize("name", [None, "anna"])
+def test_nothing_is_sent_on_a_store_of_ones_own(name, tracking_uri, monkeypatch, tmp_path):
+    if name:
+        monkeypatch.setenv("MLFLOW_WORKSPACE", name)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    board.report("1.1", True, "")
+    assert board._queue.unfinished_tasks == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_sent_to_a_server_without_workspaces(tracking_uri, monkeypatch):
+    monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    board.report("1.1", True, "")
+    assert board._queue.unfinished_tasks == 0
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["gone", "silent"])
+def test_a_check_never_waits_for_a_server_that_does_not_answer(there, workspace, tracking_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1] if there else processes.free_port()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
+        began = time.perf_counter()
+        for _ in range(500):  # more than the queue takes
+            board.report("1.1", False, "a hint")
+        assert time.perf_counter() - began < 1
+        assert {thread.name for thread in threading.enumerate() if not thread.daemon} >= {"MainThread"}
+        while not board._queue.empty():  # so that the next test does not wait for these
+            board._queue.get_nowait()
+            board._queue.task_done()
+
+
+def test_those_who_need_help_come_first_with_most_attempts_on_top():
+    rows = [
+        Learner("anna", {"1.1": SOLVED}),
+        Learner("zoe", {}),
+        Learner("ben", {"1.2": SILENT}),
+        Learner("carla", {"1.2": TRYING}),
+        Learner("dan", {"1.1": SOLVED, "1.2": MANY}),
+    ]
+    assert [row.name for row in sorted(rows, key=lambda row: row.rank)] == [
+        "dan",
+        "ben",
+        "anna",
+        "carla",
+        "zoe",
+    ]
+    assert [row.name for row in rows if row.stuck] == ["ben", "dan"]
+
+
+def test_without_a_classroom_it_says_what_to_start():
+    with pytest.raises(ValueError, match=r"--tracking-uri='http://127\.0\.0\.1:9' does not answer"):
+        board.text("http://127.0.0.1:9")
+
+
+# ---- on a classroom's server ----
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URI of a classroom's server, over a folder that root's PostgreSQL can reach."""
+    if not classroom.binaries():
+        pytest.skip("no PostgreSQL here; try apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="board-test-"))
+    folder.chmod(0o755)
+    before = mlflow.get_tracking_uri()
+    try:
+        with classroom.running(folder, port=None, workers=2) as uri:
+            yield uri
+    finally:
+        tracking.connect(before, "fixtures")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def lesson(server) -> str:
+    """The server after a lesson of three learners, one of whom has done nothing yet."""
+    for name, outcomes in {
+        "Anna <b>": [("1.1", False, "Try\x1b[2J a seed."), ("1.1", True, ""), ("1.1", False, "broken later")],
+        "ben": [("2.5", False, "the first hint")] * 4 + [("2.5", False, "Keep the <id>.")],
+        "carla": [],
+    }.items():
+        tracking.connect(server, name)
+        for outcome in outcomes:
+            board.report(*outcome)
+        board.wait(120)
+    return server
+
+
+@pytest.mark.classroom
+def test_each_outcome_is_a_run_in_the_learners_own_workspace(lesson):
+    tracking.connect(lesson, "Anna <b>")
+    (run,) = mlflow.search_runs(experiment_names=[board.EXPERIMENT], output_format="list")
+    assert run.info.status == "FINISHED"
+    tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
+    assert tags == {"exercise": "1.1", "state": "solved", "hint": ""}  # solved once is solved
+    assert run.data.metrics["attempts"] == 3
+    assert time.time() - run.data.metrics["last_attempt"] < 600
+    attempts = mlflow.MlflowClient().get_metric_history(run.info.run_id, "attempts")
+    assert [point.value for point in attempts] == [1, 2, 3]
+
+
+@pytest.mark.classroom
+def test_the_text_has_a_line_for_each_learner(lesson):
+    lines = board.text(lesson).splitlines()
+    assert [line.split()[0] for line in lines] == ["ben", "anna-b", "carla", "solved,"]
+    assert "2.5 ✗ 5, 0 min   needs help" in lines[0]
+    assert "1.1 ✓ 3   1.2 –" in lines[1]
+    assert "1.1 1   1.2 0" in lines[-1]
+    assert [line.split()[0] for line in board.text(lesson, anonymous=True).splitlines()[:3]] == [
+        "learner"
+    ] * 3
+
+
+@pytest.mark.classroom
+def test_the_page_shows_learners_hints_and_totals_as_text(lesson):
+    page = TestClient(board.page(board._connect(lesson)), base_url="http://127.0.0.1").get("/")
+    assert page.status_code == 200
+    assert "3 learners, 1 need help." in page.text
+    assert page.text.index("ben") < page.text.index("anna-b") < page.text.index("carla")
+    assert "2.5: Keep the &lt;id&gt;." in page.text
+    hidden = TestClient(board.page(board._connect(lesson), True), base_url="http://127.0.0.1").get("/").text
+    assert not re.search("anna|ben<|carla", hidden)
+
+
+@pytest.mark.classroom
+def test_the_page_answers_only_under_this_machines_names(lesson):
+    asked = TestClient(board.page(board._connect(lesson)), base_url="http://rebound.example").get("/")
+    assert asked.status_code == 400
+
+
+@pytest.mark.classroom
+def test_a_page_whose_server_has_gone_says_so(lesson, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = mlflow.MlflowClient(f"http://127.0.0.1:{processes.free_port()}")
+    shown = TestClient(board.page(client), base_url="http://127.0.0.1").get("/")
+    assert shown.status_code == 503
+    assert "does not answer" in shown.text
+
+
+@pytest.mark.classroom
+def test_thirty_learners_lose_no_outcome_and_the_board_reads_them_in_a_second(server, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import classroom as benchmark
+
+    found = benchmark.exercises(server, 30)
+    assert found["outcomes lost"] == found["outcomes attributed to another"] == 0, found
+    assert found["board read, ms"]["min"] < 1000, found  # the least, for other work shares this machine
+    assert capfd.readouterr().out == ""  # nothing appears in a learner's cell

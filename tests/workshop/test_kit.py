@@ -1,0 +1,82 @@
+"""The kit: what each kind of laptop needs, and a set-up from it without a network."""
+
+import hashlib
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+from test_without_network import clone, cut_off  # noqa: F401 (cut_off is a fixture)
+
+from helpers import environment
+from helpers.workshop import kit
+
+HERE = next(
+    (name for name, facts in kit.SYSTEMS.items() if facts[:2] == (platform.system(), platform.machine())),
+    None,
+)
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+
+
+def pins(text: str) -> dict[str, str]:
+    return kit.Target.parse(text).pins()
+
+
+@pytest.mark.skipif(HERE is None, reason="kits are made for other systems than this one")
+def test_this_machines_pins_are_those_that_are_installed_here():
+    assert pins(f"{HERE}:{PYTHON}") == environment.locked()
+
+
+def test_markers_are_read_for_the_laptop_and_not_for_this_machine():
+    linux, macos, windows = pins("linux-x86_64:3.11"), pins("macos-arm64:3.12"), pins("windows-amd64:3.12")
+    assert {"pywinpty", "waitress", "colorama"} <= windows.keys() - linux.keys() - macos.keys()
+    assert "gunicorn" in linux.keys() & macos.keys() - windows.keys()
+    assert "appnope" in macos.keys() - linux.keys() - windows.keys()
+    assert linux["numpy"] != macos["numpy"] == windows["numpy"]
+
+
+@pytest.mark.command
+@pytest.mark.parametrize("text", ["macos-arm64", "macos-arm64:3.10", "amiga-68000:3.12", ""])
+def test_a_kind_that_is_not_known_is_refused_with_those_that_are(text, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"The systems are linux-x86_64, .*make kit PLATFORMS=macos-arm64:3\.12"
+    ):
+        kit.make(["linux-x86_64:3.11", text], tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
+
+
+@pytest.mark.network
+@pytest.mark.timeout(1800)  # every wheel is fetched and installed
+@pytest.mark.skipif(HERE is None, reason="kits are made for other systems than this one")
+def test_a_kit_sets_up_a_laptop_without_a_network(cut_off, tmp_path, capsys):  # noqa: F811
+    made = tmp_path / "kit"
+    assert kit.make([f"{HERE}:{PYTHON}"], made) == 0
+    assert "models 1," in capsys.readouterr().out
+    assert "the kind of the machine that made this kit" in (made / "README.txt").read_text("utf-8")
+    for line in (made / "SHA256SUMS").read_text("utf-8").splitlines()[:50]:
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256(Path(made, name).read_bytes()).hexdigest() == digest
+    laptop = tmp_path / "laptop"
+    laptop.mkdir()
+    clone(laptop)
+    variables = {"WEIGHTS_DIR": made / "weights", "UV_CACHE_DIR": tmp_path / "cache"}
+    folder = made / f"{HERE}-{PYTHON}"
+    ready = cut_off(
+        "make", "setup", f"WHEELHOUSE={folder}", f"PYTHON={sys.executable}", cwd=laptop, **variables
+    )
+    assert ready.returncode == 0, ready.stderr
+    for model in kit.MODELS:
+        command = (laptop / ".venv/bin/python", "-m", "helpers", "fetch", "--offline", model)
+        checked = cut_off(*command, cwd=laptop, **variables)
+        assert checked.returncode == 0, checked.stderr
+        assert checked.stdout.count("whole") >= 4
+
+
+@pytest.mark.command
+def test_a_package_without_a_wheel_is_named(tmp_path, monkeypatch):
+    """The real pip asks an empty folder, which has no wheel of anything."""
+    (tmp_path / "index").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    target = kit.Target.parse("windows-amd64:3.12")
+    assert kit._download(target, tmp_path, ["pywinpty==3.1.2"]) == "pywinpty"

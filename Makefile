@@ -18,11 +18,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STYLE := $(VENV)/ruff check . && $(VENV)/ruff format --check .
 # tests/reasons.py calls a test slow; --durations and out/tests-*.xml say where the time goes.
 PYTEST := $(VENV)/pytest --durations=20 --durations-min=1
-FAST := $(PYTEST) -m "not slow" --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 tests notebooks
+# Two at a time, the longest first: a notebook.
+FAST := $(PYTEST) -m "not slow" -n 2 --dist worksteal --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 \
+  notebooks tests
 SLOW := $(PYTEST) -m slow --junitxml=out/tests-slow.xml tests
 
 .PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
-  rehearsal lock clean test-browser classroom student site soak audit
+  rehearsal lock clean test-browser classroom student site soak audit board kit
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +69,12 @@ serve: setup ## put an OpenAI endpoint before the champion, at http://127.0.0.1:
 
 classroom: setup ## serve one MLflow for a room, on PostgreSQL
 	$(RUN) classroom $(PARAMS)
+
+board: setup ## show on http://127.0.0.1:8050 who has solved which exercise, and who needs help
+	$(RUN) board $(STORE) $(PARAMS)
+
+kit: setup ## gather wheels for other kinds of laptops, and the models (PLATFORMS="macos-arm64:3.12 …")
+	$(RUN) kit $(PLATFORMS)
 
 weights: setup ## fetch and convert the model, so that everything else runs offline
 	$(RUN) fetch $(if $(MODEL),"$(MODEL)")

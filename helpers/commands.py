@@ -227,17 +227,32 @@ def classroom(
 
 
 @app.command()
-def containerfile(
-    output: Annotated[Path, Option(help="Folder to write, for docker build.")], model: ModelUri = CHAMPION
+def board(
+    tracking_uri: Annotated[
+        str, Option(help="The classroom's server.", show_default="http://127.0.0.1:5000")
+    ] = "",
+    port: Port = 8050,
+    anonymous: Annotated[bool, Option("--anonymous", help="Show numbers in place of names.")] = False,
+    once: Annotated[bool, Option("--once", help="Print a line for each learner, and end.")] = False,
 ) -> None:
-    """Write a container context for a registered model."""
-    from helpers import parameters, tracking
-    from helpers.serving import containerfile
-    from helpers.workshop import written
+    """Show who has solved which exercise, and who needs help."""
+    from helpers.workshop import board
 
-    written.make_folder(output.absolute().parent)
-    tracking.open_store(parameters.store(""))
-    print(f"Build it: docker build {os.path.relpath(containerfile.write(model, output).parent)}")
+    if once:
+        print(board.text(tracking_uri, anonymous))
+    else:
+        board.serve(tracking_uri, port, anonymous)
+
+
+@app.command()
+def kit(
+    platforms: Annotated[list[str], Argument(metavar="PLATFORM…", help="Such as macos-arm64:3.12.")],
+    output: Annotated[Path, Option(help="Folder to gather it in.")] = Path("kit"),
+) -> int:
+    """Gather wheels for other kinds of laptops, and the models."""
+    from helpers.workshop import kit
+
+    return kit.make(platforms, output)
 
 
 @app.command()

@@ -58,6 +58,7 @@ class Parameters(BaseModel):
         Field(description="a text (empty: the project's own mlflow.db)", examples=["http://127.0.0.1:5000"]),
     ] = ""
     experiment: Text = ""
+    board: Switch = True
     offline: Switch = False
     seed: _whole(0, 2**31 - 1, "7") = 7
     serve: Switch = True

@@ -14,7 +14,7 @@ import transformers
 
 from helpers import errors, faults, parameters, places, tracking
 from helpers.models import folders, onnx_chat_model
-from helpers.serving import containerfile, mlflow_server, openai_server
+from helpers.serving import mlflow_server, openai_server
 
 CANDIDATES = {"models:/slm-transformers@candidate": {"messages": [{"role": "user", "content": "Hi"}]}}
 CANDIDATES["models:/slm-onnx@candidate"] = {"prompt": ["Hi"]}
@@ -192,7 +192,7 @@ def test_a_model_whose_files_are_gone_is_named_wherever_it_is_asked_for(
     with pytest.raises(errors.StoreFault, match=sentence), mlflow_server.serve(name):
         pass
     with pytest.raises(errors.StoreFault, match=sentence):
-        containerfile.write(name, tmp_path / "container")
+        tracking.refuse_if_gone(name)
     with pytest.raises(mlflow.MlflowException) as caught:
         mlflow.pyfunc.load_model(name)
     assert "gone from the MLflow store" in faults.explain(caught.value)

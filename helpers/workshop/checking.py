@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from helpers.workshop import board
+
 
 class NotYet(Exception):
     """What is wrong with a result, and a hint; without one, the exercise's own is shown."""
@@ -14,6 +16,10 @@ class NotYet(Exception):
     def __init__(self, wrong: str, hint: str = ""):
         super().__init__(wrong)
         self.hint = hint
+
+
+class Empty(NotYet):
+    """Nothing is written yet. It is shown as any other, and the board does not count it as an attempt."""
 
 
 class NotChecked(Exception):
@@ -33,14 +39,22 @@ def exercise(number: str, hint: str) -> Callable[[Callable[..., str]], Callable[
     def decorate(judge: Callable[..., str]) -> Callable[[dict], None]:
         @functools.wraps(judge)
         def check(names: dict) -> None:
+            advice = ""
             try:
                 print(f"✓ Exercise {number} is solved: {judge(**_arguments(judge, names))}")
             except NotChecked as reason:
                 print(f"– Exercise {number} was not checked: {reason}")
+                return
             except NotYet as wrong:
-                print(f"✗ Exercise {number}, not yet: {wrong}\n  Hint: {wrong.hint or hint}")
+                advice = wrong.hint or hint
+                print(f"✗ Exercise {number}, not yet: {wrong}\n  Hint: {advice}")
+                if isinstance(wrong, Empty):
+                    return
             except Exception as error:
+                advice = hint
                 print(f"✗ Exercise {number}, not yet: the check stopped with {short(error)}\n  Hint: {hint}")
+            if names.get("board", True):
+                board.report(number, solved=not advice, hint=advice)
 
         # Jupyter's help shall show the arguments of the check.
         del check.__wrapped__
@@ -58,7 +72,7 @@ def _arguments(judge: Callable, names: dict) -> dict[str, Any]:
     if answer not in names:
         raise NotYet(f"there is no `{answer}`.", f"The name `{answer}` is what the check looks for.")
     if names[answer] is None or names[answer] is ...:
-        raise NotYet(f"`{answer}` is still empty.")
+        raise Empty(f"`{answer}` is still empty.")
     return {name: names[name] for name in (answer, *given)}
 
 
@@ -72,7 +86,7 @@ def call(function: Callable, *arguments: object) -> Any:
     except (Exception, SystemExit) as error:
         raise NotYet(f"`{name}` raised {short(error)}") from error
     if result is None or result is ...:
-        raise NotYet(f"`{name}` returned nothing.")
+        raise Empty(f"`{name}` returned nothing.")
     return result
 
 

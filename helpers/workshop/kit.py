@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from helpers import ROOT, environment
 from helpers.models import catalog, export, fetch
+from helpers.workshop import wheelhouse
 
 # README asks for glibc 2.28 or newer.
 MANYLINUX = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010"]
@@ -42,7 +43,8 @@ nothing was installed from it. Try it on one such laptop.
 1. Copy the project to the laptop, and the folder weights of this kit into the project.
 2. In the project's folder, with a folder from above in place of FOLDER:
      Linux, macOS   make run WHEELHOUSE=FOLDER PARAMS="-p offline True"
-     Windows        py -3.12 -m helpers setup --wheelhouse FOLDER
+     Windows        set WHEELHOUSE=FOLDER
+                    py -3.12 -m helpers setup
                     .venv\\Scripts\\python -m helpers run -p offline True
 3. `make doctor` (Windows: .venv\\Scripts\\python -m helpers doctor) ends with "Everything needed is here."
 
@@ -137,7 +139,7 @@ def _models() -> list[Path]:
 def _gather(target: Target, folder: Path) -> list[str]:
     """Fetch the wheels of a target, and list them as `make wheelhouse` does; returns what has none."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / environment.CONTENTS
+    listed = folder / wheelhouse.CONTENTS
     listed.unlink(missing_ok=True)
     pins, missing = target.pins(), []
     torch = pins.pop("torch")
@@ -147,7 +149,7 @@ def _gather(target: Target, folder: Path) -> list[str]:
     pins["torch"] = f"{torch}+cpu" if target.system.startswith("linux") else torch
     wanted = [f"torch=={pins['torch']}"]
     if _download(target, folder, wanted) and _download(
-        target, folder, wanted, "--extra-index-url", f"{environment.TORCH_BUILDS}/cpu"
+        target, folder, wanted, "--extra-index-url", f"{wheelhouse.TORCH_BUILDS}/cpu"
     ):
         missing += wanted
     print(f"{folder.name}: {'no wheel for ' + ', '.join(missing) if missing else 'complete'}", flush=True)

@@ -38,12 +38,17 @@ def mlflow_headers(port: int) -> dict[str, str]:
 
 # A tile in the launcher opens MLflow's pages at <this server>/mlflow/, where a port of its own may be out of
 # reach. A store that is a server has pages of its own.
+MLFLOW_UI = [sys.executable, "-m", "mlflow", "ui", "--workers", "1"]
 store = tracking.default_uri()
 if not store.startswith(("http:", "https:")):
     c.ServerProxy.servers = {
         "mlflow": {
-            "command": [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", "{port}"],
-            "environment": {"MLFLOW_BACKEND_STORE_URI": store.replace("{", "{{").replace("}", "}}")},
+            "command": [*MLFLOW_UI, "--host", "127.0.0.1", "--port", "{port}"],
+            "environment": {
+                "MLFLOW_BACKEND_STORE_URI": store.replace("{", "{{").replace("}", "}}"),
+                # One reader needs neither four workers nor seven processes for background jobs.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
             "timeout": 120,
             "request_headers_override": mlflow_headers,
             "launcher_entry": {"title": "MLflow", "category": "Other"},

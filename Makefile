@@ -24,7 +24,7 @@ FAST := $(PYTEST) -m "not slow" -n 2 --dist worksteal --junitxml=out/tests-fast.
 SLOW := $(PYTEST) -m slow --junitxml=out/tests-slow.xml tests
 
 .PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
-  rehearsal lock clean test-browser classroom student site soak audit board kit
+  rehearsal lock clean test-browser classroom student site soak audit board kit test-pythons newest
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,12 @@ test-slow: setup ## run the tests that make test leaves out (half an hour)
 test-all: setup ## run all that make test and make test-slow run
 	$(STYLE)
 	$(FAST); fast=$$?; $(SLOW) && exit $$fast
+
+test-pythons: python ## set up, run both notebooks (tiny-phi3) and the fast tests on this machine's other Pythons
+	$(PYTHON) tools/elsewhere.py pythons $(PARAMS)
+
+newest: python ## try the newest releases beyond the ranges in a copy of this project, and print what changed
+	$(PYTHON) tools/elsewhere.py newest
 
 test-browser: setup ## look at JupyterLab, MLflow's pages and the site in a real browser (fetches one where none is)
 	command -v chromium || command -v google-chrome || $(VENV)/playwright install chromium || true

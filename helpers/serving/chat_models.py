@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from helpers.models import pickles
+
 OPTIONS = ("max_new_tokens", "repetition_penalty", "temperature", "top_p", "top_k")
 Start = Callable[[list[dict], dict], Any]
 
@@ -61,6 +63,7 @@ def load(model_uri: str) -> tuple[ServedModel, Start]:
 
     Raises:
         ValueError: for another model.
+        errors.ModelUnavailable: if it would be read with pickle.
         mlflow.exceptions.MlflowException: if there is no such model, or it cannot be loaded.
     """
     import mlflow
@@ -77,11 +80,7 @@ def load(model_uri: str) -> tuple[ServedModel, Start]:
         model_uri = f"models:/{name}/{version}"
     info = mlflow.models.get_model_info(model_uri)
     served = ServedModel(name, version, info.model_id or "", (info.metadata or {}).get("system_message"))
-    if "python_model" in info.flavors.get("python_function", {}):
-        raise ValueError(
-            f"{asked} is a pickled Python class, and a pickle runs any code that is in it. "
-            "Log the class as a file: log_model(python_model='my_model.py')."
-        )
+    pickles.refuse_pickle(model_uri)
     if "transformers" in info.flavors:
         config = info.flavors["python_function"].get("config") or {}
         return served, PipelineChat(mlflow.transformers.load_model(model_uri), config).start

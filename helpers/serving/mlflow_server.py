@@ -6,6 +6,7 @@ import sys
 from contextlib import AbstractContextManager
 
 from helpers import processes, tracking
+from helpers.models import pickles
 
 
 def serve(
@@ -22,11 +23,13 @@ def serve(
         The server's URL; `/invocations`, `/ping`, `/health` and `/version` are there.
     Raises:
         errors.StoreFault: if the model's files are gone from the store.
+        errors.ModelUnavailable: if it would be read with pickle.
         RuntimeError: with the last lines of the server's log, if it does not come up.
     """
     port = port or processes.free_port()
     processes.refuse_if_taken(port)
     tracking.refuse_if_gone(model_uri)
+    pickles.refuse_pickle(model_uri)
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri,
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port),

@@ -1,4 +1,4 @@
-"""More values of the fields of `llm/v1/chat`, and what mlflow 3.17 and transformers 5.23 do with them."""
+"""More values of the fields of `llm/v1/chat`, and what mlflow 3.17 and transformers 5.24 do with them."""
 
 from collections.abc import Callable
 from typing import NamedTuple

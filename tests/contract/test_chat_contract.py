@@ -1,4 +1,4 @@
-"""What `llm/v1/chat` does with each field in mlflow 3.17 and transformers 5.23; other releases may differ."""
+"""What `llm/v1/chat` does with each field in mlflow 3.17 and transformers 5.24; other releases may differ."""
 
 from importlib.metadata import version
 

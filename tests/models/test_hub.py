@@ -148,6 +148,14 @@ def test_the_token_goes_to_the_hub_and_not_to_where_large_files_lie(hub, weights
     assert hub.tokens == {"Bearer hf_aSecretOfTheTests"}
 
 
+def test_nothing_of_a_repository_is_written_outside_of_its_folder(hub, weights):
+    outside = ("LICENSE/../../../evil", "LICENSE\\..\\..\\evil", "LICENSE:/evil", "../evil.json")
+    hub.repositories[CHECKPOINT] |= dict.fromkeys(outside, b"evil")
+    succeed(start(hub, weights), weights)
+    assert not set(outside) & {path for _, _, path in hub.asked}
+    assert not list(weights.parent.rglob("*evil*"))
+
+
 # A download that stops
 
 

@@ -205,22 +205,6 @@ def test_nothing_in_a_wheel_is_written_outside_of_its_place(tmp_path, monkeypatc
     assert {path.name for path in folder.parent.iterdir()} == {"unpacked", ".unpacked.lock"}
 
 
-@pytest.mark.parametrize("name", ["LICENSE/../../../evil", "LICENSE\\..\\..\\evil", "LICENSE:/evil"])
-def test_nothing_of_a_hub_repository_is_written_outside_of_its_folder(tmp_path, monkeypatch, name):
-    published = catalog.find("phi-3-mini").published["int4"]
-    files = {f"{published.folder}/{file}": b"{}" for file in ("genai_config.json", "model.onnx")}
-    monkeypatch.setenv("WEIGHTS_DIR", str(tmp_path / "a" / "b" / "weights"))
-    with LocalHub(
-        {published.repo: files | {name: b"evil"}}, {published.repo: published.revision}
-    ).serve() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        folder = export.onnx_folder(catalog.find("phi-3-mini"), "int4")
-        assert {path for path, _ in hub.fetched} == set(files)
-    assert {path.name for path in folder.iterdir()} == {"genai_config.json", "model.onnx", "manifest.json"}
-    assert not list(tmp_path.rglob("*evil*"))
-
-
 # Pickle
 
 

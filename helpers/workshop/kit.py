@@ -162,7 +162,16 @@ def _download(target: Target, folder: Path, wanted: list[str], *options: str) ->
     """Let pip fetch the wheels; returns the name of a package that has none, or ""."""
     tags = [part for tag in SYSTEMS[target.system][4] for part in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--implementation", "cp", "--python-version", target.python, *tags, "--dest", str(folder)]
+    # A late patch release: some packages refuse the first ones of a version.
+    command += [
+        "--implementation",
+        "cp",
+        "--python-version",
+        f"{target.python}.99",
+        *tags,
+        "--dest",
+        str(folder),
+    ]
     done = subprocess.run(
         [*command, *options, *wanted], capture_output=True, encoding="utf-8", errors="replace"
     )

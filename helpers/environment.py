@@ -85,17 +85,17 @@ def _install(python: Path, lock: Path, wheelhouse: Path | None) -> None:
     # Bytecode is made once, here: a process that imports mlflow then starts in 2 s rather than 8, also where
     # Python is told to write none.
     uv = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
-    wanted = f"uv=={re.search(r'^uv==([^ ;]+)', lock.read_text('utf-8'), re.MULTILINE)[1]}"
+    uv_pin = re.search(r"^uv==[^\s;]+", lock.read_text("utf-8"), re.MULTILINE)[0]
     if wheelhouse:
         alone = ["--no-index", "--find-links", wheelhouse]
         uv += ["--no-config", "--offline", *alone]
         settings = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
         settings |= {name: os.environ[name] for name in ("UV_CACHE_DIR",) if name in os.environ}
-        _show([*pip, "--isolated", *alone, wanted])
+        _show([*pip, "--isolated", *alone, uv_pin])
         _show([*uv, "--require-hashes", "-r", wheelhouse / "requirements.txt"], settings)
     else:
         settings = os.environ | uv_settings(pip_configuration(python))
-        _show([*pip, wanted])
+        _show([*pip, uv_pin])
         _install_lock([*uv, "-r", lock], settings)
     _show([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], settings)
 

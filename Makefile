@@ -21,7 +21,7 @@ PYTEST := $(VENV)/pytest --durations=20 --durations-min=1
 # Two at a time, the longest first: a notebook.
 FAST := $(PYTEST) -m "not slow" -n 2 --dist worksteal --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 \
   notebooks tests
-SLOW := $(PYTEST) -m slow --junitxml=out/tests-slow.xml tests
+SLOW := $(PYTEST) -m slow -n 2 --dist loadfile --junitxml=out/tests-slow.xml tests
 
 .PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
   rehearsal lock clean test-browser classroom student site soak audit board kit test-pythons newest
@@ -68,7 +68,8 @@ lab: setup ## open the notebooks in JupyterLab
 	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(VENV)/jupyter lab "$(NOTEBOOK)" $(PARAMS)
 
 ui: setup ## look at runs, models and traces in MLflow's UI
-	$(RUN) ui --port $(PORT) $(STORE)
+	@# The shell reads the store's address from the environment, for its command line can be read by everybody.
+	$(RUN) ui --port $(PORT) $(if $(TRACKING_URI),--tracking-uri "$$TRACKING_URI")
 
 serve: setup ## put an OpenAI endpoint before the champion, at http://127.0.0.1:8000/v1
 	$(RUN) serve $(STORE) $(if $(MODEL),--model "$(MODEL)") $(PARAMS)

@@ -42,7 +42,7 @@ def last_line(*words: str) -> str:
         (["ui"], "-m helpers ui --port 5000"),
         (
             ["ui", "PORT=5001", "TRACKING_URI=postgresql://me@db/m"],
-            '-m helpers ui --port 5001 --tracking-uri "postgresql://me@db/m"',
+            '-m helpers ui --port 5001 --tracking-uri "$TRACKING_URI"',
         ),
         (["doctor", "MODEL=phi-3-mini"], '-m helpers doctor --model "phi-3-mini"'),
         (["classroom", "PARAMS=--port 5050"], "-m helpers classroom --port 5050"),

@@ -296,7 +296,9 @@ ATTEMPTS = [
     ),
     (
         "2.3",
-        _PEEK.format("return ' '.join(next(stream) for _ in range(count))"),
+        _PEEK.format(
+            "pieces = [next(stream) for _ in range(count)]; stream.close(); return ' '.join(pieces)"
+        ),
         "the first 3 of the pieces make 'Once upon a ', and `peek` returned ",
         "Join the pieces",
     ),

@@ -21,12 +21,20 @@ def refuse_pickle(model_uri: str) -> None:
         model_uri: of a logged model, or a folder with one.
     Raises:
         ModelUnavailable: naming the model, the pickle, and how to log it instead.
-        mlflow.exceptions.MlflowException: if there is no such model.
+        mlflow.exceptions.MlflowException: if the store cannot say. A model that is not there is not refused:
+            whoever loads it says so.
     """
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
+    try:
+        about = Model.load(model_uri)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return
+        raise
     # A class that was logged as a file stands under `model_code_path`, a pickled one under `python_model`.
-    if "python_model" in Model.load(model_uri).flavors.get("python_function", {}):
+    if "python_model" in about.flavors.get("python_function", {}):
         raise ModelUnavailable(
             f"{model_uri} is a pickled Python class, and a pickle runs any code that is in it. "
             "Log the class as a file: log_model(python_model='my_model.py')."

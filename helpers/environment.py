@@ -16,8 +16,10 @@ from helpers import ROOT
 
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
-SUPPORTED = ((3, 11), (3, 13))
+PYTHONS = ("3.11", "3.12", "3.13")
 STAMP = "setup.stamp"
+# The list of wheels in a wheelhouse, as pip reads it.
+CONTENTS = "requirements.txt"
 # Torch's own exact pins bring CUDA's libraries where a CUDA build is wanted. Locking them would bring
 # gigabytes to every laptop.
 CUDA_PACKAGES = re.compile(r"^(nvidia-|cuda-|triton==)")
@@ -36,9 +38,9 @@ def setup(prefix: Path = VENV, lock: Path = LOCK) -> bool:
     Raises:
         SystemExit: with one sentence, if Python is unsupported or an installation fails.
     """
-    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+    if python_version() not in PYTHONS:
         raise SystemExit(
-            f"Python {platform.python_version()} is not one of 3.11, 3.12, 3.13. "
+            f"Python {platform.python_version()} is not one of {', '.join(PYTHONS)}. "
             "Choose another: make run PYTHON=python3.12"
         )
     if is_current(prefix, lock):
@@ -67,6 +69,11 @@ def is_current(prefix: Path = VENV, lock: Path = LOCK) -> bool:
     return stamp == _fingerprint(prefix, lock) and started.stdout.strip() == platform.python_version()
 
 
+def python_version() -> str:
+    """Major and minor version of this Python: "3.11"."""
+    return "{}.{}".format(*sys.version_info)
+
+
 def python_of(prefix: Path) -> Path:
     """The Python of an environment."""
     return prefix / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -89,10 +96,13 @@ def _install(python: Path, lock: Path, wheelhouse: Path | None) -> None:
     if wheelhouse:
         alone = ["--no-index", "--find-links", wheelhouse]
         uv += ["--no-config", "--offline", *alone]
-        settings = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
-        settings |= {name: os.environ[name] for name in ("UV_CACHE_DIR",) if name in os.environ}
+        settings = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("UV_") or name == "UV_CACHE_DIR"
+        }
         _show([*pip, "--isolated", *alone, uv_pin])
-        _show([*uv, "--require-hashes", "-r", wheelhouse / "requirements.txt"], settings)
+        _show([*uv, "--require-hashes", "-r", wheelhouse / CONTENTS], settings)
     else:
         settings = os.environ | uv_settings(pip_configuration(python))
         _show([*pip, uv_pin])
@@ -139,12 +149,16 @@ def pip_configuration(python: Path) -> dict[str, str]:
     return {key.rpartition(".")[2]: ast.literal_eval(value) for key, _, value in ordered}
 
 
-def locked(lock: Path = LOCK) -> dict[str, str]:
-    """Name → version of what `lock` has for this system and Python. Needs the environment."""
+def locked(lock: Path = LOCK, markers: dict[str, str] | None = None) -> dict[str, str]:
+    """Name → version of what `lock` has for a system and a Python. Needs the environment.
+
+    Args:
+        markers: what differs from this machine, in the names of PEP 508: {"sys_platform": "win32", …}.
+    """
     from packaging.requirements import Requirement
 
     lines = [line for line in lock.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-    here = [each for each in map(Requirement, lines) if not each.marker or each.marker.evaluate()]
+    here = [each for each in map(Requirement, lines) if not each.marker or each.marker.evaluate(markers)]
     return {each.name: str(each.specifier).removeprefix("==") for each in here}
 
 
@@ -157,7 +171,7 @@ def installed() -> dict[str, str]:
 
 def write_lock(lock: Path = LOCK) -> None:
     """Resolve pyproject.toml for Python 3.11 to 3.13 on every platform and write `lock`."""
-    lowest, highest = (".".join(map(str, version)) for version in SUPPORTED)
+    lowest, highest = PYTHONS[0], PYTHONS[-1]
     settings = uv_settings(pip_configuration(Path(sys.executable)))
     # A folder of this machine must not shape what others install.
     settings.pop("UV_FIND_LINKS", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -225,6 +226,14 @@ def refuse_if_taken(port: int, host: str = "127.0.0.1") -> None:
             f"host={host!r} with port={port} is not an address that this user can listen on ({reason}). "
             "Choose one of this machine, such as 127.0.0.1, and a port from 1024 to 65535."
         ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def run_module(

@@ -130,13 +130,18 @@ def _refuse_deleted(name: str, otherwise: str) -> None:
     found = mlflow.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "deleted":
         return
-    uri = shlex.quote(parameters.without_password(mlflow.get_tracking_uri()))
+    how = how_to_restore(name, found.experiment_id, mlflow.get_tracking_uri())
+    raise errors.StoreFault(f"The experiment {how} Or {otherwise}")
+
+
+def how_to_restore(name: str, number: object, uri: str) -> str:
+    """Say of a deleted experiment, by its name, that it was deleted, and which command restores it."""
+    uri = shlex.quote(parameters.without_password(uri))
     workspace = os.environ.get("MLFLOW_WORKSPACE")
     inside = f"MLFLOW_WORKSPACE={shlex.quote(workspace)} " if workspace else ""
-    raise errors.StoreFault(
-        f"The experiment {name!r} was deleted, and its name stays taken. Restore it: "
-        f"{parameters.VARIABLE}={uri} {inside}mlflow experiments restore --experiment-id "
-        f"{found.experiment_id} Or {otherwise}"
+    return (
+        f"{name!r} was deleted, and its name stays taken. Restore it: "
+        f"{parameters.VARIABLE}={uri} {inside}mlflow experiments restore --experiment-id {number}"
     )
 
 
@@ -315,11 +320,11 @@ def _link(path: Path, twin: Path) -> bool:
     """Make `path` another name of `twin`, in one step, if they are alike and the system allows it."""
     spare = path.with_name(f".{path.name}.link")
     try:
+        if path.samefile(twin):
+            return True
         # It compares the sizes first.
         if not filecmp.cmp(path, twin, shallow=False):
             return False
-        if path.samefile(twin):
-            return True
         twin.chmod(0o444)
         os.link(twin, spare)
         os.replace(spare, path)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it
 
 from helpers import ROOT, environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model
+from helpers.workshop import classroom
 
 import mlflow  # isort: skip
 
@@ -89,6 +90,31 @@ def registered_onnx(tiny_phi3_onnx, log_wrapper, tmp_path_factory) -> str:
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", logged.registered_model_version)
     mlflow.set_tracking_uri(before)
     return store
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Path:
+    """The folder of PostgreSQL's programs."""
+    return classroom.binaries() or pytest.skip("no PostgreSQL here; try apt-get install postgresql")
+
+
+@pytest.fixture(scope="module")
+def postgres_folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's own user can reach when root runs the tests, unlike pytest's."""
+    folder = Path(tempfile.mkdtemp(prefix="postgres-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def classroom_server(postgres, postgres_folder) -> Iterator[str]:
+    """The URI of a classroom's server."""
+    before = mlflow.get_tracking_uri()
+    with classroom.running(postgres_folder, port=None, workers=2) as uri:
+        yield uri
+    mlflow.set_tracking_uri(before)
+    mlflow.set_workspace(None)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ import openai
 import pandas as pd
 import psutil
 import pytest
+from support import wait_until_it_answers
 
 from helpers import ROOT, processes
 
@@ -165,20 +166,14 @@ def started(image: tuple, **variables: str) -> Iterator[tuple[str, subprocess.Po
     port = processes.free_port()
     key = {"OPENAI_SERVER_API_KEY": KEY}
     container = subprocess.Popen(in_container(image, entry, port, **key, **variables))
+    root = psutil.Process(container.pid)
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert container.poll() is None, "the container ended"
-            assert time.monotonic() < deadline
-            try:
-                processes.answers(f"http://127.0.0.1:{port}")
-                break
-            except OSError:
-                time.sleep(0.2)
-        (server,) = psutil.Process(container.pid).children()
+        wait_until_it_answers(f"http://127.0.0.1:{port}/health", container)
+        (server,) = root.children()
         yield f"http://127.0.0.1:{port}", container, server
     finally:
-        container.kill()
+        # All of it: the change of user keeps `--kill-child` from reaching the server.
+        processes.end([root], seconds=0)
         container.wait()
 
 

@@ -7,7 +7,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -57,13 +56,10 @@ def test_a_relative_database_lies_in_the_project(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def postgresql_uri():
+def postgresql_uri(postgres, postgres_folder):
     """A database of PostgreSQL, named as readers do: without a driver."""
-    binaries = classroom.binaries() or pytest.skip("no PostgreSQL here; try apt-get install postgresql")
-    with tempfile.TemporaryDirectory(prefix="tracking-test-") as folder:
-        Path(folder).chmod(0o755)  # PostgreSQL's own user enters it
-        with classroom._database(binaries, Path(folder), workers=1) as uri:
-            yield uri.replace("postgresql+psycopg2:", "postgresql:")
+    with classroom._database(postgres, postgres_folder, workers=1) as uri:
+        yield uri.replace("postgresql+psycopg2:", "postgresql:")
 
 
 @pytest.mark.server

@@ -236,7 +236,7 @@ def _refuse_damaged(folder: Path, names: list[str]) -> None:
     if names:
         raise ModelUnavailable(
             f"{', '.join(names)} in {folder} is missing or differs from {MANIFEST}. "
-            "Delete the folder, and the next run makes it anew; or copy it again."
+            "Delete the folder, and the next run makes it again; or copy it again."
         )
 
 

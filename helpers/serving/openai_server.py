@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -84,7 +83,7 @@ class ChatServer:
         """The key; without one, the address: a web page can point a name of its own at 127.0.0.1."""
         if not self.api_key:
             name = re.sub(r":\d*$", "", request.headers.get("host", ""))
-            if not _is_loopback(name.strip("[]").lower()):
+            if not processes.is_loopback(name.strip("[]").lower()):
                 message = f"Host {name[:100]!r} is not localhost, 127.0.0.1 or [::1], and no API key is set."
                 raise ApiError(403, message, code="host_not_allowed")
             return
@@ -267,7 +266,7 @@ def serve(
     store = parameters.store(tracking_uri or "", "--tracking-uri") or tracking.default_uri()
     if not 0 <= trace_sampling <= 1:
         raise ValueError(f"trace_sampling={trace_sampling} is not between 0 and 1.")
-    if not api_key and not _is_loopback(host):
+    if not api_key and not processes.is_loopback(host):
         raise ValueError(f"host={host} can be reached by others: set {API_KEY}, or use --host 127.0.0.1.")
     logging.basicConfig(level=logging.INFO, format=model_process.LOG_FORMAT)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -341,10 +340,3 @@ def running(
     command = [sys.executable, "-c", code]
     what = f"an OpenAI server for {model_uri}"
     return processes.running(command, port, what, startup_timeout, secrets={API_KEY: api_key or ""})
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

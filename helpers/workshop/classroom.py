@@ -231,7 +231,7 @@ def _instructions(uri: str, folder: Path, host: str) -> str:
         f'headless:      make run TRACKING_URI={uri} PARAMS="-p experiment anna"',
         f"Everything is kept in {folder}. Ctrl-C stops the server.",
     ]
-    if host not in ("localhost", "::1") and not host.startswith("127."):
+    if not processes.is_loopback(host):
         lines.append(
             f"Everybody who reaches port {uri.rpartition(':')[2]} can read, change and delete all of it, and "
             "put model files there that run code when loaded: there is no log-in and no encryption. "

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shlex
 import shutil
 import sqlite3
 import sys
@@ -55,8 +54,7 @@ def report(model: str = "smollm2-135m", tracking_uri: str = "") -> int:
 
 def _python() -> Finding:
     here = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    lowest, highest = environment.SUPPORTED
-    if lowest <= sys.version_info[:2] <= highest:
+    if environment.python_version() in environment.PYTHONS:
         return OK, here
     return TODO, f"{here} is not 3.11, 3.12 or 3.13. Install one and name it: make setup PYTHON=python3.12"
 
@@ -150,7 +148,7 @@ def _store(given: str) -> Finding:
 
 def _database(file: Path) -> Finding:
     """Whether a database can be written, whether it has moved, and what it names that is gone."""
-    from helpers import errors, faults, parameters, places
+    from helpers import errors, faults, parameters, places, tracking
 
     try:
         faults.refuse_unusable(file, patience=2)
@@ -159,7 +157,6 @@ def _database(file: Path) -> Finding:
     if not file.exists():
         return OK, f"{file} will be made"
     folder = places.artifacts(file.parent)
-    uri = shlex.quote(parameters.sqlite_uri(file))
     with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         moved = places.moved(connection, folder)
         deleted = _rows(connection, DELETED)
@@ -167,7 +164,10 @@ def _database(file: Path) -> Finding:
     now = {place.stored: place.new for place in moved}
     where = {version: now.get(stored) or places.local_path(stored) for version, stored in versions}
     gone = [version for version, path in where.items() if path and not os.path.exists(path / "MLmodel")]
-    found = [_restore(name, number, uri) for number, name in deleted]
+    found = [
+        f"the experiment {tracking.how_to_restore(name, number, parameters.sqlite_uri(file))}"
+        for number, name in deleted
+    ]
     if moved:
         found.append(f"it was moved here from {moved[0].old.parent}, and is set right when next used")
     if gone:
@@ -191,16 +191,11 @@ def _rows(connection: sqlite3.Connection, query: str) -> list[tuple]:
     return []
 
 
-def _restore(name: str, number: object, uri: str) -> str:
-    command = f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {number}"
-    return f"the experiment {name!r} was deleted, and its name stays taken. Restore it: {command}"
-
-
 def _server(url: str) -> Finding:
     """Ask a tracking server which experiments were deleted."""
     import requests
 
-    from helpers import parameters
+    from helpers import parameters, tracking
 
     shown = parameters.without_password(url)
     query = {"max_results": 1000, "view_type": "DELETED_ONLY"}
@@ -214,5 +209,5 @@ def _server(url: str) -> Finding:
         return TODO, f"{shown} does not answer as MLflow does ({type(error).__name__}). Ask who runs it"
     for name in EXPERIMENTS:
         if name in deleted:
-            return TODO, f"{shown}: {_restore(name, deleted[name], shown)}"
+            return TODO, f"{shown}: the experiment {tracking.how_to_restore(name, deleted[name], url)}"
     return OK, f"{shown} answers and finds experiments"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import shutil
@@ -11,12 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import parse_wheel_filename
-from packaging.version import Version
-
 from helpers import ROOT, environment
-from helpers.models import catalog, export, fetch
+from helpers.models import catalog, export, fetch, folders
 from helpers.workshop import wheelhouse
 
 # README asks for glibc 2.28 or newer.
@@ -28,7 +23,6 @@ SYSTEMS = {
     "macos-arm64": ("Darwin", "arm64", "darwin", "posix", ["macosx_14_0_arm64"]),
     "windows-amd64": ("Windows", "AMD64", "win32", "nt", ["win_amd64"]),
 }
-PYTHONS = ("3.11", "3.12", "3.13")
 MODELS = ("smollm2-135m", "tiny-phi3")
 WHEELS_MB = 600  # of one folder, measured for Linux
 
@@ -63,10 +57,10 @@ class Target:
     def parse(cls, text: str) -> Target:
         """From "linux-x86_64:3.11"; ValueError for what is not known."""
         system, _, python = text.partition(":")
-        if system not in SYSTEMS or python not in PYTHONS:
+        if system not in SYSTEMS or python not in environment.PYTHONS:
             raise ValueError(
                 f"{text!r} is not a system and a Python. The systems are {', '.join(SYSTEMS)}, the Pythons "
-                f"{', '.join(PYTHONS)}. For example: make kit PLATFORMS=macos-arm64:3.12"
+                f"{', '.join(environment.PYTHONS)}. For example: make kit PLATFORMS=macos-arm64:3.12"
             )
         return cls(system, python)
 
@@ -76,10 +70,10 @@ class Target:
 
     @property
     def is_here(self) -> bool:
-        here = (platform.system(), platform.machine(), ".".join(platform.python_version_tuple()[:2]))
+        here = (platform.system(), platform.machine(), environment.python_version())
         return (*SYSTEMS[self.system][:2], self.python) == here
 
-    def pins(self, lock: Path = environment.LOCK) -> dict[str, str]:
+    def pins(self) -> dict[str, str]:
         """Name → version of what the lock has for this kind of laptop."""
         name, machine, sys_platform, os_name, _ = SYSTEMS[self.system]
         markers = {
@@ -91,9 +85,7 @@ class Target:
             "python_full_version": f"{self.python}.99",  # a late patch release
             "implementation_name": "cpython",
         }
-        lines = [line for line in lock.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-        wanted = [one for one in map(Requirement, lines) if not one.marker or one.marker.evaluate(markers)]
-        return {one.name: str(one.specifier).removeprefix("==") for one in wanted}
+        return environment.locked(markers=markers)
 
 
 def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
@@ -108,8 +100,8 @@ def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
         SystemExit: if pip fails for another reason.
     """
     targets = [Target.parse(text) for text in platforms]
-    folders = _models()
-    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*")) / 1e6
+    models = _models()
+    size = sum(map(folders.total_size, models)) / 1e6
     needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output.absolute().parent).free / 1e6
     print(
         f"{output.name}: models {size:,.0f} MB, wheels about {WHEELS_MB} MB for each of {len(targets)} kinds "
@@ -120,7 +112,7 @@ def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
         raise ValueError(
             f"{output} needs {needed:,.0f} MB, and {free:,.0f} MB are free. Name another --output."
         )
-    for folder in folders:
+    for folder in models:
         copy = output / "weights" / folder.parent.name / folder.name
         shutil.copytree(folder, copy, dirs_exist_ok=True)
     missing = {target: _gather(target, output / target.folder) for target in targets}
@@ -130,17 +122,16 @@ def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
 
 def _models() -> list[Path]:
     """The checkpoint and the ONNX folders of both models, fetched and converted where they are missing."""
-    folders = []
+    made = []
     for model in map(catalog.find, MODELS):
-        folders += [fetch.checkpoint(model), *(export.onnx_folder(model, p) for p in export.compared(model))]
-    return folders
+        made += [fetch.checkpoint(model), *(export.onnx_folder(model, p) for p in export.compared(model))]
+    return made
 
 
 def _gather(target: Target, folder: Path) -> list[str]:
     """Fetch the wheels of a target, and list them as `make wheelhouse` does; returns what has none."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / wheelhouse.CONTENTS
-    listed.unlink(missing_ok=True)
+    (folder / environment.CONTENTS).unlink(missing_ok=True)
     pins, missing = target.pins(), []
     torch = pins.pop("torch")
     while failed := _download(target, folder, [f"{name}=={version}" for name, version in pins.items()]):
@@ -154,7 +145,11 @@ def _gather(target: Target, folder: Path) -> list[str]:
         missing += wanted
     print(f"{folder.name}: {'no wheel for ' + ', '.join(missing) if missing else 'complete'}", flush=True)
     if not missing:
-        listed.write_text(_contents(target, folder, pins), encoding="utf-8")
+        system, machine = SYSTEMS[target.system][:2]
+        head = wheelhouse.made_for(environment.LOCK, system, machine, target.python)
+        # An earlier lock may have left other wheels here.
+        for wheel in {*folder.glob("*.whl")} - {*wheelhouse.write_contents(folder, pins, head)}:
+            wheel.unlink()
     return missing
 
 
@@ -163,17 +158,12 @@ def _download(target: Target, folder: Path, wanted: list[str], *options: str) ->
     tags = [part for tag in SYSTEMS[target.system][4] for part in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     # A late patch release: some packages refuse the first ones of a version.
-    command += [
-        "--implementation",
-        "cp",
-        "--python-version",
-        f"{target.python}.99",
-        *tags,
-        "--dest",
-        str(folder),
-    ]
+    python = ["--implementation", "cp", "--python-version", f"{target.python}.99"]
     done = subprocess.run(
-        [*command, *options, *wanted], capture_output=True, encoding="utf-8", errors="replace"
+        [*command, *python, *tags, "--dest", folder, *options, *wanted],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode == 0:
         return ""
@@ -184,29 +174,10 @@ def _download(target: Target, folder: Path, wanted: list[str], *options: str) ->
     )
 
 
-def _contents(target: Target, folder: Path, pins: dict[str, str]) -> str:
-    """What the folder was made for, and a line with version and sha256 for each wheel; removes all others."""
-    digest = hashlib.sha256(environment.LOCK.read_bytes()).hexdigest()
-    system, machine = SYSTEMS[target.system][:2]
-    lines = [f"# {system} {machine} with Python {target.python}", f"# {environment.LOCK.name} {digest}"]
-    for wheel in sorted(folder.glob("*.whl")):
-        name, version, _, _ = parse_wheel_filename(wheel.name)
-        if name in pins and version == Version(pins[name]):
-            lines.append(f"{name}=={version} --hash=sha256:{_sha256(wheel)}  # {wheel.name}")
-        else:
-            wheel.unlink()
-    return "\n".join(lines) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _write_page(output: Path, missing: dict[Target, list[str]]) -> None:
     rows = []
     for target, lacking in missing.items():
-        size = sum(path.stat().st_size for path in (output / target.folder).iterdir()) / 1e6
+        size = folders.total_size(output / target.folder) / 1e6
         state = "the kind of the machine that made this kit" if target.is_here else "not run"
         if lacking:
             state = f"NOT COMPLETE, needs a network: no wheel for {', '.join(lacking)}"
@@ -217,5 +188,5 @@ def _write_page(output: Path, missing: dict[Target, list[str]]) -> None:
         )
     (output / "README.txt").write_text(PAGE.format(rows="\n".join(rows)), encoding="utf-8")
     files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "SHA256SUMS"]
-    sums = [f"{_sha256(path)}  {path.relative_to(output).as_posix()}\n" for path in files]
+    sums = [f"{folders.sha256(path)}  {path.relative_to(output).as_posix()}\n" for path in files]
     (output / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")

@@ -12,11 +12,9 @@ import sys
 from pathlib import Path
 
 from helpers import ROOT
-from helpers.environment import CUDA_PACKAGES, LOCK, installed, locked
+from helpers.environment import CONTENTS, CUDA_PACKAGES, LOCK, installed, locked, python_version
 
 FOLDER = ROOT / "wheelhouse"
-# Written last: what the folder was made for, then each wheel's name, version and sha256, as pip reads them.
-CONTENTS = "requirements.txt"
 TORCH_BUILDS = "https://download.pytorch.org/whl"
 
 
@@ -32,10 +30,10 @@ def make(folder: Path = FOLDER) -> int:
         RuntimeError: if one cannot be had; the next try goes on from there.
         ValueError: if `folder` holds somebody else's requirements.txt; nothing is touched then.
     """
-    contents = folder / CONTENTS
-    if contents.exists() and b" with Python " not in contents.read_bytes()[:80]:
-        raise ValueError(f"{contents} is not of a wheelhouse. Name an empty folder with --output.")
-    contents.unlink(missing_ok=True)
+    listed = folder / CONTENTS
+    if listed.exists() and b" with Python " not in listed.read_bytes()[:80]:
+        raise ValueError(f"{listed} is not of a wheelhouse. Name an empty folder with --output.")
+    listed.unlink(missing_ok=True)
     here = installed()
     # Torch brought CUDA's packages, if any are here.
     cuda = [name for name in here if CUDA_PACKAGES.match(f"{name}==")]
@@ -46,9 +44,7 @@ def make(folder: Path = FOLDER) -> int:
     build = wanted["torch"].partition("+")[2]
     index = ["--extra-index-url", f"{TORCH_BUILDS}/{build}"] if build else []
     _gather(folder, *index, f"torch=={wanted['torch']}")
-    lines = _contents(folder, wanted)
-    contents.write_text("\n".join([*_made_for(LOCK), *lines]) + "\n", encoding="utf-8")
-    return len(lines)
+    return len(write_contents(folder, wanted, made_for(LOCK)))
 
 
 def _gather(folder: Path, *words: str) -> None:
@@ -57,19 +53,28 @@ def _gather(folder: Path, *words: str) -> None:
         raise RuntimeError("Not every wheel could be had; the lines above say why.")
 
 
-def _contents(folder: Path, wanted: dict[str, str]) -> list[str]:
-    """A line with name, version and sha256 for each wheel in `folder` that is wanted."""
+def write_contents(folder: Path, wanted: dict[str, str], head: list[str]) -> list[Path]:
+    """Write the list of a finished folder: what it is made for, then name, version and sha256 of each wheel.
+
+    Args:
+        wanted: name → version; other wheels in the folder are not listed.
+        head: what `made_for` returns.
+    Returns:
+        The wheels that are listed.
+    """
     from packaging.utils import parse_wheel_filename
     from packaging.version import Version
 
-    lines = []
+    from helpers.models import folders
+
+    wheels, lines = [], []
     for wheel in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(wheel.name)
         if name in wanted and Version(wanted[name]) == version:
-            with wheel.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            lines.append(f"{name}=={version} --hash=sha256:{digest}  # {wheel.name}")
-    return lines
+            wheels.append(wheel)
+            lines.append(f"{name}=={version} --hash=sha256:{folders.sha256(wheel)}  # {wheel.name}")
+    (folder / CONTENTS).write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+    return wheels
 
 
 def check(folder: Path, lock: Path = LOCK) -> None:
@@ -78,7 +83,7 @@ def check(folder: Path, lock: Path = LOCK) -> None:
     if not (folder / CONTENTS).is_file():
         raise SystemExit(f"{folder} is not a finished wheelhouse: it has no {CONTENTS}. {again}")
     machine, made_from, *lines = (folder / CONTENTS).read_text("utf-8").splitlines()
-    this, wanted = _made_for(lock)
+    this, wanted = made_for(lock)
     if machine != this:
         raise SystemExit(f"{folder} was made for {machine[2:]}, and this is {this[2:]}. {again}")
     if made_from != wanted:
@@ -89,7 +94,8 @@ def check(folder: Path, lock: Path = LOCK) -> None:
         raise SystemExit(f"{folder} lacks {', '.join(missing)}. Copy it again.")
 
 
-def _made_for(lock: Path) -> list[str]:
-    python = ".".join(map(str, sys.version_info[:2]))
+def made_for(lock: Path, system: str = "", machine: str = "", python: str = "") -> list[str]:
+    """The first lines of a list of wheels: a kind of laptop, by default this one, and the lock."""
+    system, machine = system or platform.system(), machine or platform.machine()
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    return [f"# {platform.system()} {platform.machine()} with Python {python}", f"# {lock.name} {digest}"]
+    return [f"# {system} {machine} with Python {python or python_version()}", f"# {lock.name} {digest}"]

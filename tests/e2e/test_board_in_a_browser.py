@@ -1,12 +1,9 @@
 """The board in a real browser while two learners, each a process of its own, run the checks of exercises."""
 
-import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from helpers import ROOT, processes
-from helpers.workshop import board, classroom
+from helpers.workshop import board
 
 pytestmark = pytest.mark.browser
 
@@ -49,17 +46,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    if not classroom.binaries():
-        pytest.skip("no PostgreSQL here; try apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="board-test-"))
-    folder.chmod(0o755)
-    with classroom.running(folder, port=None, workers=2) as uri:
-        yield uri
-    shutil.rmtree(folder)
-
-
 class Kernel:
     """A learner's process; `check` lets it run the check of exercise 2.5 and returns what that printed."""
 
@@ -87,11 +73,11 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def learners(server) -> Iterator[dict[str, Kernel]]:
+def learners(classroom_server) -> Iterator[dict[str, Kernel]]:
     kernels = {
-        "anna": Kernel(server, "anna"),
-        "ben": Kernel(server, "ben"),
-        "zoe": Kernel(server, "zoe", False),
+        "anna": Kernel(classroom_server, "anna"),
+        "ben": Kernel(classroom_server, "ben"),
+        "zoe": Kernel(classroom_server, "zoe", False),
     }
     yield kernels
     for kernel in kernels.values():
@@ -99,10 +85,10 @@ def learners(server) -> Iterator[dict[str, Kernel]]:
 
 
 @pytest.fixture(scope="module")
-def shown(server) -> Iterator[str]:
+def shown(classroom_server) -> Iterator[str]:
     """The board's address, from a process of its own as `make board` starts one."""
     port = processes.free_port()
-    code = f"from helpers.workshop import board; board.serve({server!r}, {port})"
+    code = f"from helpers.workshop import board; board.serve({classroom_server!r}, {port})"
 
     def answers(url: str) -> bool:
         urllib.request.urlopen(url, timeout=5).close()

@@ -2,22 +2,18 @@
 
 import os
 import secrets
-import signal
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import mlflow
-import psutil
 import pytest
 import requests
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import Page, expect
+from support import make
 
-from helpers import ROOT, processes
+from helpers import processes
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 
@@ -49,34 +45,8 @@ def hub(store, tmp_path_factory) -> Iterator[str]:
     own |= {"HOME": str(home), "JUPYTER_TOKEN": secrets.token_hex(16), "MLFLOW_TRACKING_URI": store}
     flags = f"--no-browser --ip 127.0.0.1 --port {port} --ServerApp.port_retries=0 --allow-root "
     flags += f"--ServerApp.base_url={BASE} --ServerApp.allow_remote_access=True"
-    command = ["make", "-o", "setup", "lab", f"PARAMS={flags}"]
-    with (
-        (home / "lab.log").open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True
-        ) as server,
-    ):
-        try:
-            _wait_for(f"http://127.0.0.1:{port}{BASE}api", server, home / "lab.log")
-            yield f"http://hub.localhost:{port}{BASE}lab?reset&token={own['JUPYTER_TOKEN']}"
-        finally:
-            family = psutil.Process(server.pid).children(recursive=True)
-            os.killpg(server.pid, signal.SIGTERM)
-            _gone, rest = psutil.wait_procs(family, timeout=30)
-            for process in rest:
-                process.kill()
-
-
-def _wait_for(url: str, server: subprocess.Popen, log) -> None:
-    deadline = time.monotonic() + 600
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')}")
-            time.sleep(0.2)
+    with make("lab", f"http://127.0.0.1:{port}{BASE}api", f"PARAMS={flags}", env=own):
+        yield f"http://hub.localhost:{port}{BASE}lab?reset&token={own['JUPYTER_TOKEN']}"
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,8 @@ import json
 import os
 import re
 import secrets
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +16,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed; `make setup` installs it")
 from playwright.sync_api import Page, expect
+from support import make
 
 from helpers import ROOT, processes
 from helpers.workshop import editions, notebooks
@@ -74,40 +71,14 @@ def lab(folder, pictures, tmp_path_factory) -> Iterator[str]:
     flags = f"--no-browser --ip 127.0.0.1 --port {port} --ServerApp.port_retries=0"
     if os.geteuid() == 0:
         flags += " --allow-root"
-    # `-o setup`: this test must not set up the environment that it runs in.
-    command = ["make", "-o", "setup", "lab", f"NOTEBOOK={_within(folder, '01')}"]
-    with (
-        (home / "lab.log").open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            [*command, f"PARAMS={flags}"], cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True
-        ) as server,
-    ):
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/api", server, Path(log.name))
-            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"  # reset: only this one open
-        finally:
-            family = psutil.Process(server.pid).children(recursive=True)
-            os.killpg(server.pid, signal.SIGTERM)
-            _gone, rest = psutil.wait_procs(family, timeout=30)
-            for process in rest:
-                process.kill()
+    words = [f"NOTEBOOK={_within(folder, '01')}", f"PARAMS={flags}"]
+    with make("lab", f"http://127.0.0.1:{port}/api", *words, env=own):
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"  # reset: only this one open
 
 
 def _within(folder: Path, name: str) -> str:
     """A notebook's path in the project, as it is given to `make lab` and as JupyterLab shows it."""
     return (folder / notebooks.NOTEBOOKS[name].name).relative_to(ROOT).as_posix()
-
-
-def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')}")
-            time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

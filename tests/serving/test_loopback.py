@@ -5,16 +5,14 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import nbformat
 import psutil
 import pytest
 from serving_support import connected
+from support import make
 
 from helpers import ROOT, processes
 from helpers.serving import mlflow_server, openai_server
@@ -56,36 +54,10 @@ def listening(root: psutil.Process) -> list[tuple[str, int]]:
     return found
 
 
-@contextmanager
-def make(target: str, url: str, **environment: str) -> Iterator[psutil.Process]:
-    """`make TARGET` in the environment of these tests, once it answers; ended with all that it started."""
+def environment(**variables: str) -> dict[str, str]:
+    """Of these tests, without settings of JupyterLab and MLflow."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "MLFLOW"))}
-    command = ["make", "-C", str(ROOT), "-o", "setup", target, f"VENV={Path(sys.executable).parent}"]
-    process = subprocess.Popen(
-        command,
-        env=own | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while not answers(url):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < deadline, f"{url} never answered"
-            time.sleep(0.2)
-        yield psutil.Process(process.pid)
-    finally:
-        processes.end([psutil.Process(process.pid)], seconds=5)
-        process.communicate()
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except OSError:
-        return False
-    return True
+    return own | variables
 
 
 def test_mlflows_server_listens_on_this_machine_only_and_reads_no_pickle(tiny_uri, store):
@@ -114,7 +86,8 @@ def test_the_openai_server_listens_on_this_machine_only_and_its_key_is_on_no_com
 def test_mlflows_pages_listen_on_this_machine_only_and_the_store_is_on_no_command_line(tmp_path):
     port = processes.free_port()
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    with make("ui", f"http://127.0.0.1:{port}/health", PORT=str(port), TRACKING_URI=store) as process:
+    own = environment(PORT=str(port), TRACKING_URI=store)
+    with make("ui", f"http://127.0.0.1:{port}/health", env=own) as process:
         heard = listening(process)
         lines = [" ".join(child.cmdline()) for child in process.children(recursive=True)]
     assert port in {port for _, port in heard}
@@ -128,7 +101,7 @@ def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
         encoding="utf-8",
     )
     port, token = processes.free_port(), "a-token-of-the-tests"
-    environment = {
+    own = environment() | {
         "JUPYTER_CONFIG_DIR": str(tmp_path),
         "JUPYTER_DATA_DIR": str(tmp_path),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "run"),
@@ -136,7 +109,7 @@ def test_jupyterlab_and_its_kernels_listen_on_this_machine_only(tmp_path):
         "JUPYTER_TOKEN": token,
     }
     url = f"http://127.0.0.1:{port}/api"
-    with make("lab", url, **environment) as process:
+    with make("lab", url, env=own) as process:
         headers = {"Authorization": f"token {token}"}
         assert httpx.get(f"{url}/kernels").status_code == 403
         assert httpx.post(f"{url}/kernels", headers=headers, json={}, timeout=60).status_code == 201

@@ -15,6 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from support import wait_until_it_answers
 
 from helpers import ROOT, processes
 
@@ -47,15 +48,7 @@ def process(command: list, url: str, **variables: str) -> Iterator[psutil.Proces
     """A server as a process of its own, once it answers."""
     started = subprocess.Popen(list(map(str, command)), env=os.environ | variables)
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert started.poll() is None, "the server ended"
-            assert time.monotonic() < deadline
-            try:
-                processes.answers(url)
-                break
-            except OSError:
-                time.sleep(0.2)
+        wait_until_it_answers(f"{url}/health", started)
         yield psutil.Process(started.pid)
     finally:
         processes.end([psutil.Process(started.pid)], seconds=10)

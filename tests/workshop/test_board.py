@@ -1,13 +1,10 @@
 """The board: what checks leave in MLflow, in whose workspace, and how a teacher reads it."""
 
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import nbformat
@@ -15,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from helpers import ROOT, processes, tracking
-from helpers.workshop import board, classroom, notebooks
+from helpers.workshop import board, notebooks
 from helpers.workshop.board import Learner, Outcome
 
 SOLVED = Outcome(solved=True, attempts=3, minutes=40, hint="")
@@ -109,34 +106,18 @@ def test_without_a_classroom_it_says_what_to_start():
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The URI of a classroom's server, over a folder that root's PostgreSQL can reach."""
-    if not classroom.binaries():
-        pytest.skip("no PostgreSQL here; try apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="board-test-"))
-    folder.chmod(0o755)
-    before = mlflow.get_tracking_uri()
-    try:
-        with classroom.running(folder, port=None, workers=2) as uri:
-            yield uri
-    finally:
-        tracking.connect(before, "fixtures")
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def lesson(server) -> str:
+def lesson(classroom_server) -> str:
     """The server after a lesson of three learners, one of whom has done nothing yet."""
     for name, outcomes in {
         "Anna <b>": [("1.1", False, "Try\x1b[2J a seed."), ("1.1", True, ""), ("1.1", False, "broken later")],
         "ben": [("2.5", False, "the first hint")] * 4 + [("2.5", False, "Keep the <id>.")],
         "carla": [],
     }.items():
-        tracking.connect(server, name)
+        tracking.connect(classroom_server, name)
         for outcome in outcomes:
             board.report(*outcome)
         board.wait(120)
-    return server
+    return classroom_server
 
 
 @pytest.mark.classroom
@@ -191,10 +172,10 @@ def test_a_page_whose_server_has_gone_says_so(lesson, monkeypatch):
 
 
 @pytest.mark.classroom
-def test_learners_who_try_at_once_lose_no_outcome(server, monkeypatch, capfd):
+def test_thirty_learners_who_try_at_once_lose_no_outcome(classroom_server, monkeypatch, capfd):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import classroom as benchmark
 
-    found = benchmark.exercises(server, 12)
+    found = benchmark.exercises(classroom_server, 30)
     assert found["outcomes lost"] == found["outcomes attributed to another"] == 0, found
     assert capfd.readouterr().out == ""  # nothing appears in a learner's cell

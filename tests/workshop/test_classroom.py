@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,23 +26,9 @@ LEARNERS = 30
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Path:
-    return classroom.binaries() or pytest.skip("no PostgreSQL here; try apt-get install postgresql")
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """A folder that PostgreSQL's own user can reach when root runs the tests, unlike pytest's."""
-    folder = Path(tempfile.mkdtemp(prefix="classroom-test-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def server(postgres, folder, restarted) -> Iterator[str]:
+def server(postgres, postgres_folder, restarted) -> Iterator[str]:
     """The URI of a server over the folder that has seen a restart."""
-    with classroom.running(folder, port=None, allowed_hosts="teacher.local") as uri:
+    with classroom.running(postgres_folder, port=None, allowed_hosts="teacher.local") as uri:
         yield uri
 
 
@@ -72,10 +56,10 @@ def command(folder: Path) -> Iterator[tuple[str, subprocess.Popen, list[psutil.P
 
 
 @pytest.fixture(scope="module")
-def restarted(postgres, folder) -> dict:
+def restarted(postgres, postgres_folder) -> dict:
     """What a run looks like after its server was killed and started again, and how both ended."""
     found = {}
-    with command(folder) as (uri, process, family, shown):
+    with command(postgres_folder) as (uri, process, family, shown):
         found["shown"], found["uri"] = "".join(shown), uri
         with connected(uri), mlflow.start_run() as run:
             mlflow.log_metric("seconds", 1.5)
@@ -83,7 +67,7 @@ def restarted(postgres, folder) -> dict:
         process.send_signal(signal.SIGKILL)  # the laptop's battery is empty
         process.wait()
         found["left after SIGKILL"] = left(family)
-    with command(folder) as (uri, process, family, _):
+    with command(postgres_folder) as (uri, process, family, _):
         with connected(uri):
             found["metrics"] = mlflow.get_run(run.info.run_id).data.metrics
             found["answer"] = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/answer.txt")
@@ -119,14 +103,16 @@ def test_postgresql_never_runs_as_root_and_has_no_port(restarted):
     assert restarted["listens on TCP"] == []
 
 
-def test_thirty_learners_log_at_once_and_nothing_is_lost(server, folder, tiny_phi3_onnx, monkeypatch):
+def test_thirty_learners_log_at_once_and_nothing_is_lost(
+    server, postgres_folder, tiny_phi3_onnx, monkeypatch
+):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import classroom as benchmark
 
     before = mlflow.get_tracking_uri()
     try:
-        found = benchmark.measure(server, folder, LEARNERS, steps=5)
+        found = benchmark.measure(server, postgres_folder, LEARNERS, steps=5)
     finally:
         tracking.connect(before, "fixtures")
     assert found["errors"] == []
@@ -183,10 +169,10 @@ def test_only_requests_to_its_own_names_and_from_its_own_pages_are_answered(serv
     assert asked.status_code == status
 
 
-def test_a_second_server_over_the_same_folder_is_refused(server, folder):
+def test_a_second_server_over_the_same_folder_is_refused(server, postgres_folder):
     with (
         pytest.raises(RuntimeError, match="already runs over"),
-        classroom.running(folder, port=processes.free_port()),
+        classroom.running(postgres_folder, port=processes.free_port()),
     ):
         pytest.fail("two servers over one database")
 

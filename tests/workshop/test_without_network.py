@@ -140,7 +140,7 @@ def test_make_run_sets_up_from_the_wheelhouse_and_runs_both_notebooks(room, weig
     assert (room / ".venv/setup.stamp").is_file()
     pages = sorted(path.name for path in (room / "out").glob("*.html"))
     assert pages == ["01_TransformerPipeline.html", "02_CustomPythonWrapper.html"]
-    # The carried folders were used: one that is made anew has a new manifest.
+    # The carried folders were used: one that is made again has a new manifest.
     manifests = list(weights.glob("*/*/manifest.json"))
     assert len(manifests) == 6
     for manifest in manifests:

@@ -1,0 +1,49 @@
+"""What tests of several folders start: servers that answer, and targets of the Makefile."""
+
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers import ROOT, processes
+
+
+def wait_until_it_answers(url: str, process: subprocess.Popen, log=None) -> None:
+    """Ask `url` until it is answered; fail with what stands in the file `log` if `process` ends before."""
+    deadline = time.monotonic() + 600
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            opener.open(url, timeout=5).close()
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                if log:
+                    log.seek(0)
+                pytest.fail(f"{url} does not answer.\n{log.read() if log else ''}")
+            time.sleep(0.2)
+        else:
+            return
+
+
+@contextmanager
+def make(target: str, url: str, *words: str, env: dict[str, str]) -> Iterator[psutil.Process]:
+    """`make TARGET WORDS` with this environment, once `url` is answered; ended with all that it started."""
+    # `-o setup`: this must not set up the environment that the tests run in.
+    command = ["make", "-C", str(ROOT), "-o", "setup", target, f"VENV={Path(sys.executable).parent}", *words]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log) as process,
+    ):
+        root = psutil.Process(process.pid)
+        try:
+            wait_until_it_answers(url, process, log)
+            yield root
+        finally:
+            processes.end([root], seconds=30)

@@ -108,11 +108,11 @@ def end(roots: Iterable[psutil.Process], seconds: float = STOP_SECONDS) -> None:
             with contextlib.suppress(psutil.Error):
                 getattr(process, signal)()
         deadline = time.monotonic() + limit
-        while (running := set(filter(_runs, running))) and time.monotonic() < deadline:
+        while (running := set(filter(runs, running))) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
     """Whether a process runs. One that has ended and waits for its parent to notice does not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE and process.is_running()

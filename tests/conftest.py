@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it)
 
+# Tests that run side by side share the cores, and so does all that they start: two pools of threads on the
+# same cores wait for each other most of the time. PyTorch counts the cores when it is imported.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+    every, cores = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: every] or cores)
+
 from helpers import ROOT, environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model
 from helpers.workshop import classroom

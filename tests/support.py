@@ -1,4 +1,4 @@
-"""What tests of several folders start: servers that answer, and targets of the Makefile."""
+"""What tests of several folders share: stores, processes that end, servers that answer, make's targets."""
 
 import subprocess
 import sys
@@ -9,10 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 
-from helpers import ROOT, processes
+from helpers import ROOT, processes, tracking
+
+
+@contextmanager
+def connected(uri: str) -> Iterator[None]:
+    """Use a store, and the former one again afterwards."""
+    before = mlflow.get_tracking_uri()
+    tracking.connect(uri, "models")
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        mlflow.set_workspace(None)
+
+
+def left(family: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
+    """Those that still run after a while; one that only waits to be reaped by the first process does not."""
+    deadline = time.monotonic() + seconds
+    while (rest := [each for each in family if processes.runs(each)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return rest
 
 
 def wait_until_it_answers(url: str, process: subprocess.Popen, log=None) -> None:

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from support import left
 
 from helpers import ROOT, processes
 from helpers.errors import ChildFailed
@@ -40,14 +40,6 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Page).serve_forever()
 STUBBORN = (
     "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\ntime.sleep(600)"
 )
-
-
-def left(family: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
-    """Those that still run after a while."""
-    deadline = time.monotonic() + seconds
-    while (rest := [each for each in family if processes._runs(each)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return rest
 
 
 def test_servers_end_where_there_are_no_process_groups_and_no_sigkill(tmp_path):

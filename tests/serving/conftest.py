@@ -5,7 +5,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from serving_support import SYSTEM_MESSAGE, connected
+from serving_support import SYSTEM_MESSAGE
+from support import connected
 
 from helpers import tracking
 from helpers.models import onnx_chat_model

@@ -4,7 +4,8 @@ import httpx
 import mlflow
 import openai
 import pytest
-from serving_support import COUNT, HOSTILE, QUESTION, body, connected, running, with_system
+from serving_support import COUNT, HOSTILE, QUESTION, body, running, with_system
+from support import connected
 
 from helpers.serving import chat_models
 

@@ -11,8 +11,7 @@ import httpx
 import nbformat
 import psutil
 import pytest
-from serving_support import connected
-from support import make
+from support import connected, make
 
 from helpers import ROOT, processes
 from helpers.serving import mlflow_server, openai_server

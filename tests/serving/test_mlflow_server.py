@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import requests
-from serving_support import connected, left
+from support import connected, left
 
 from helpers.serving import mlflow_server
 from helpers.workshop import notebooks

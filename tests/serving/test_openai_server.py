@@ -25,7 +25,6 @@ from serving_support import (
     QUESTION,
     Server,
     body,
-    connected,
     eventually,
     find_trace,
     is_openai_error,
@@ -33,6 +32,7 @@ from serving_support import (
     running,
     with_system,
 )
+from support import connected
 
 from helpers import processes
 from helpers.models import onnx_chat_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import nbformat
 import pytest
-from serving_support import connected
+from support import connected
 
 from helpers import ROOT, processes
 

@@ -7,14 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
 import requests
-from serving_support import connected, left
+from support import connected, left
 
 from helpers import ROOT, processes, tracking
 from helpers.__main__ import main
@@ -71,8 +71,12 @@ def restarted(postgres, postgres_folder) -> dict:
         with connected(uri):
             found["metrics"] = mlflow.get_run(run.info.run_id).data.metrics
             found["answer"] = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/answer.txt")
-        found["owners of PostgreSQL"] = {p.username() for p in family if p.name() == "postgres"}
-        found["listens on TCP"] = [p.pid for p in family if p.name() == "postgres" and p.net_connections()]
+        found["owners of PostgreSQL"], found["listens on TCP"] = set(), []
+        for each in family:
+            with suppress(psutil.NoSuchProcess):  # PostgreSQL ends some of its processes after a moment.
+                if each.name() == "postgres":
+                    found["owners of PostgreSQL"].add(each.username())
+                    found["listens on TCP"] += each.net_connections()
         process.send_signal(signal.SIGTERM)
         found["last words"] = process.stdout.read()
         found["exit code"] = process.wait(300)

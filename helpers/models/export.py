@@ -80,7 +80,7 @@ def onnx_recipe(model: Model, precision: str) -> dict:
     if precision in model.published:
         return model.published[precision].recipe()
     recipe = {
-        "checkpoint": fetch.recipe(model),
+        "checkpoint": model.origin.recipe(),
         "precision": precision,
         "options": OPTIONS[precision],
         "builder": f"onnxruntime-genai {version('onnxruntime-genai')}",

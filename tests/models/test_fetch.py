@@ -98,7 +98,7 @@ def test_a_build_killed_midway_leaves_nothing_finished_and_the_next_try_succeeds
     wait_until(lambda: no_process_names(str(weights)))
 
     folder = fetch.checkpoint(TINY)
-    fetch.verify(folder)
+    folders.verify(folder)
     assert folders.read_manifest(folder)["files"] == folders.read_manifest(tiny_phi3_checkpoint)["files"]
     assert sorted(path.name for path in folder.parent.iterdir()) == [".checkpoint.lock", "checkpoint"]
 
@@ -151,7 +151,7 @@ def test_a_try_that_fails_leaves_nothing(tmp_path: Path):
 
 
 def test_a_corrupted_file_is_named(copied: Path):
-    fetch.verify(copied)
+    folders.verify(copied)
     weights_file = copied / "model.safetensors"
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
@@ -159,7 +159,7 @@ def test_a_corrupted_file_is_named(copied: Path):
     with pytest.raises(
         errors.ModelUnavailable, match=r"^model\.safetensors in .*checkpoint is missing or differs"
     ):
-        fetch.verify(copied)
+        folders.verify(copied)
 
 
 def test_a_file_written_after_the_manifest_is_read_before_it_is_used(copied: Path):
@@ -182,8 +182,8 @@ def test_a_missing_or_truncated_file_is_never_used(copied: Path, damage):
 def test_a_folder_without_manifest_was_never_finished(copied: Path):
     (copied / folders.MANIFEST).unlink()
     with pytest.raises(errors.ModelUnavailable, match=r"no readable manifest\.json"):
-        fetch.verify(copied)
-    assert not folders.is_complete(copied, fetch.recipe(TINY))
+        folders.verify(copied)
+    assert not folders.is_complete(copied, TINY.origin.recipe())
 
 
 # Offline
@@ -278,7 +278,7 @@ def test_a_read_only_weights_folder_is_reported_and_stays_empty(weights: Path):
 @pytest.mark.models
 def test_the_embedded_model_is_the_same_everywhere(weights: Path, smollm2_checkpoint: Path):
     folder = fetch.checkpoint(catalog.find("smollm2-135m"))
-    fetch.verify(folder)
+    folders.verify(folder)
     assert folders.read_manifest(folder)["files"] == folders.read_manifest(smollm2_checkpoint)["files"]
     assert (folder / "LICENSE").is_file()
 

@@ -83,7 +83,7 @@ def succeed(process: subprocess.Popen, weights: Path) -> None:
     assert err == ""  # no warning, no debris of a progress bar
     assert [line.rpartition("/")[2] for line in out.splitlines()] == ["checkpoint: whole", "onnx-int4: whole"]
     for name in ("checkpoint", "onnx-int4"):
-        fetch.verify(weights / "phi-3-mini" / name)
+        folders.verify(weights / "phi-3-mini" / name)
         assert not (weights / "phi-3-mini" / f".{name}.partial").exists()
 
 

@@ -81,13 +81,6 @@ def test_a_postgresql_database_is_a_store_here_and_for_child_processes(postgresq
     assert not any(tmp_path.iterdir())
 
 
-def test_connecting_twice_uses_the_same_experiment(sqlite_uri):
-    tracking.connect(sqlite_uri, "an experiment")
-    first = mlflow.get_experiment_by_name("an experiment")
-    tracking.connect(sqlite_uri, "an experiment")
-    assert mlflow.get_experiment_by_name("an experiment").experiment_id == first.experiment_id
-
-
 def test_two_processes_may_make_the_store_at_once(sqlite_uri):
     code = f"from helpers import tracking; tracking.connect({sqlite_uri!r}, 'shared')"
     processes = [

@@ -104,17 +104,6 @@ def test_a_build_killed_midway_leaves_nothing_finished_and_the_next_try_succeeds
 
 
 @pytest.mark.models
-def test_two_processes_at_once_make_it_once(weights: Path):
-    processes = [start("tiny-phi3"), start("tiny-phi3")]
-    tries = set()
-    while any(process.poll() is None for process in processes):
-        tries |= {path.name for path in weights.glob("tiny-phi3/.checkpoint.*-try")}
-        time.sleep(0.02)
-    assert [finish(process) for process in processes] == [str(weights / "tiny-phi3" / "checkpoint")] * 2
-    assert len(tries) == 1
-
-
-@pytest.mark.models
 def test_the_second_call_does_no_work_and_needs_no_right_to_write(copied: Path):
     before = {path: path.stat().st_mtime_ns for path in [copied, *copied.iterdir()]}
     copied.parent.chmod(0o555)  # it could not even make a lock here

@@ -322,12 +322,6 @@ def test_a_refusal_is_reported_with_the_next_step(hub, weights, place, status, s
     assert fail(start(hub, weights), weights) == sentence
 
 
-def test_a_failing_hub_is_reported(hub, weights):
-    hub.status[CHECKPOINT] = 500
-    said = fail(start(hub, weights), weights)
-    assert said.startswith(f"{CHECKPOINT} could not be fetched (HfHubHTTPError: ")
-
-
 def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(hub, weights):
     hub.busy["config.json"] = 1
     succeed(start(hub, weights), weights)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -126,13 +127,18 @@ def verify(folder: Path) -> None:
     Raises:
         ModelUnavailable: naming the files that are missing or corrupted.
     """
-    _compare(folder, read_manifest(folder)["files"], newer_than=0)
+    _compare(folder, read_manifest(folder)["files"])
 
 
-def _compare(folder: Path, files: dict[str, dict], newer_than: int) -> bool:
-    """Compare the sizes of all files with the manifest, and read those written later; whether any was read.
+def _compare(folder: Path, files: dict[str, dict], newer_than: float = -math.inf) -> bool:
+    """Compare the sizes of all files with the manifest, and read those that were written later.
 
-    Raises ModelUnavailable if one is missing or differs.
+    Args:
+        newer_than: a time in nanoseconds since 1970.
+    Returns:
+        Whether any was read.
+    Raises:
+        ModelUnavailable: if one is missing or differs.
     """
     newer, damaged = [], []
     for name, entry in files.items():

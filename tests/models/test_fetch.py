@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from support import wait_until
 from transformers import AutoTokenizer
 
 from helpers import errors
@@ -64,13 +64,6 @@ def obey_file_modes() -> None:
     if sys.platform == "linux" and os.getuid() == 0:
         drop, dac_override = 24, 1  # PR_CAPBSET_DROP and CAP_DAC_OVERRIDE of Linux's headers
         ctypes.CDLL(None).prctl(drop, dac_override, 0, 0, 0)
-
-
-def wait_until(condition, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
 
 
 def finished_folders(weights: Path) -> list[Path]:

@@ -8,13 +8,13 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import published
 import pytest
 from local_hub import COMMIT, LocalHub
+from support import wait_until
 
 from helpers.models import fetch, folders
 
@@ -94,13 +94,6 @@ def fail(process: subprocess.Popen, weights: Path, code: int = 1) -> str:
     assert err.count("\n") == 1, err
     assert not (weights / "phi-3-mini" / "checkpoint").exists()
     return err.strip().removeprefix("error: ")
-
-
-def wait_until(condition, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
 
 
 def part_has_arrived(weights: Path) -> bool:

@@ -56,7 +56,7 @@ def hub_fault(error: Exception, repo: str, revision: str) -> str:
         wait = response.headers.get("Retry-After", "")
         when = f"in {wait} s" if wait.isdigit() else "later"  # It may also be a date.
         return f"The Hub has had too many requests from here (429). Try again {when}, or set HF_TOKEN."
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
     step = wrong_setting(HUB) or "Check the network and try again: it goes on from here."
     return f"{repo} could not be fetched ({cause}). {step}"
 

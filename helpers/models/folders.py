@@ -131,14 +131,9 @@ def verify(folder: Path) -> None:
 
 
 def _compare(folder: Path, files: dict[str, dict], newer_than: float = -math.inf) -> bool:
-    """Compare the sizes of all files with the manifest, and read those that were written later.
+    """Compare the sizes of all files with the manifest, and read those newer than that (nanoseconds).
 
-    Args:
-        newer_than: a time in nanoseconds since 1970.
-    Returns:
-        Whether any was read.
-    Raises:
-        ModelUnavailable: if one is missing or differs.
+    Returns whether any was read. Raises ModelUnavailable if one is missing or differs.
     """
     newer, damaged = [], []
     for name, entry in files.items():

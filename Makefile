@@ -55,10 +55,10 @@ test-all: setup ## run all that make test and make test-slow run
 	$(FAST); fast=$$?; $(SLOW) && exit $$fast
 
 test-pythons: python ## set up, run both notebooks (tiny-phi3) and the fast tests on this machine's other Pythons
-	$(PYTHON) tools/elsewhere.py pythons $(PARAMS)
+	$(PYTHON) -m tools.elsewhere pythons $(PARAMS)
 
 newest: python ## try the newest releases beyond the ranges in a copy of this project, and print what changed
-	$(PYTHON) tools/elsewhere.py newest
+	$(PYTHON) -m tools.elsewhere newest
 
 test-browser: setup ## look at JupyterLab, MLflow's pages and the site in a real browser (fetches one where none is)
 	command -v chromium || command -v google-chrome || $(VENV)/playwright install chromium || true

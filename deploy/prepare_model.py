@@ -19,6 +19,7 @@ import typer
 import yaml
 
 from helpers import ROOT, tracking
+from helpers.models import logged
 
 import mlflow  # isort: skip
 
@@ -77,7 +78,7 @@ def prepare(model_uri: str, output: Path, max_batch_tokens: int = MAX_BATCH_TOKE
 def _download(model_uri: str, folder: Path) -> Path:
     folder.mkdir()
     try:
-        tracking.refuse_if_gone(model_uri)
+        logged.check(model_uri)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(folder)))
     except (mlflow.MlflowException, OSError) as error:
         raise ValueError(

@@ -32,18 +32,6 @@ class Answer(NamedTuple):
         return rest / seconds if rest > 0 and seconds > 0 else math.nan
 
 
-def load(folder: Path) -> PyFuncModel:
-    """Load a model that MLflow saved on this machine, without a progress bar."""
-    import mlflow
-    from mlflow.models import Model as Saved
-
-    if "transformers" in Saved.load(folder).flavors:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-    return mlflow.pyfunc.load_model(str(folder))
-
-
 def answer(loaded: PyFuncModel, chats: list[Chat], max_new_tokens: int) -> list[Answer]:
     """The greedy answers of a loaded model to chats, in order."""
     if "transformers" in loaded.metadata.flavors:
@@ -150,9 +138,10 @@ def speeds(loaded: Mapping[str, PyFuncModel], chat: Chat, rounds: int) -> dict[s
             if math.isnan(first):  # no stream
                 first = answer(model, [chat], max_new_tokens=1)[0].seconds
             samples[name].append((first * 1e3, whole.rate(first)))
-    medians = {name: np.median(pairs, axis=0).tolist() for name, pairs in samples.items()}
+    names = ("first_token_ms", "tokens_per_second")
     return {
-        name: {"first_token_ms": first, "tokens_per_second": rate} for name, (first, rate) in medians.items()
+        name: dict(zip(names, np.median(pairs, axis=0).tolist(), strict=True))
+        for name, pairs in samples.items()
     }
 
 

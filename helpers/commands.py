@@ -125,14 +125,15 @@ def fetch(
 ) -> None:
     """Fetch and convert a model; all else then runs offline."""
     from helpers.models import catalog, export, fetch
+    from helpers.models.folders import verify, weights_dir
 
     chosen = catalog.find(model)
     folders = [fetch.checkpoint(chosen, offline=offline)]
     for each in precision or export.compared(chosen):
         folders.append(export.onnx_folder(chosen, each, offline=offline))
     for folder in folders:
-        if folder.is_relative_to(fetch.weights_dir()):
-            fetch.verify(folder)
+        if folder.is_relative_to(weights_dir()):
+            verify(folder)
         print(f"{os.path.relpath(folder)}: whole")
 
 

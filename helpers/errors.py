@@ -29,7 +29,7 @@ class ChildFailed(ModelUnavailable):
         self.reason = reason
 
     @property
-    def for_want_of_room(self) -> bool:
+    def out_of_space(self) -> bool:
         """Whether memory or disk ran out, so that it may work elsewhere, or another time."""
         return bool(re.search(r"memory|No space left|Disk quota", self.reason, re.IGNORECASE))
 

@@ -110,16 +110,15 @@ def compare(
     asked = questions()["question"]
     chats = [model.messages(question) for question in asked]
     folders = {name: Path(mlflow.artifacts.download_artifacts(uri)) for name, uri in candidates.items()}
-    parts = [_frame({name: measuring.footprint(folder, prompts[0]) for name, folder in folders.items()})]
-    with _quiet():
-        loaded = {name: measuring.load(folder) for name, folder in folders.items()}
-        texts = {name: _texts(each, chats, max_new_tokens) for name, each in loaded.items()}
-        answers = pd.DataFrame(texts, index=asked)
-        parts.append(_frame(measuring.speeds(loaded, prompts[0], rounds)))
-        if "fp32" in loaded:
-            written = list(zip(prompts, _texts(loaded["fp32"], prompts, TEXT_TOKENS), strict=True))
-            parts.append(_frame(measuring.divergences(loaded, "fp32", written)))
-    table = score(answers).join(parts).reindex(columns=MEASURED).rename_axis("candidate")
+    costs = _frame({name: measuring.footprint(folder, prompts[0]) for name, folder in folders.items()})
+    loaded = {name: mlflow.pyfunc.load_model(str(folder)) for name, folder in folders.items()}
+    texts = {name: _texts(each, chats, max_new_tokens) for name, each in loaded.items()}
+    answers = pd.DataFrame(texts, index=asked)
+    measured = [costs, _frame(measuring.speeds(loaded, prompts[0], rounds))]
+    if "fp32" in loaded:
+        written = list(zip(prompts, _texts(loaded["fp32"], prompts, TEXT_TOKENS), strict=True))
+        measured.append(_frame(measuring.divergences(loaded, "fp32", written)))
+    table = score(answers).join(measured).reindex(columns=MEASURED).rename_axis("candidate")
     params = {"model": model.key, "max_new_tokens": max_new_tokens, "rounds": rounds}
     logged = {name: _log(name, uri, table.loc[name], params) for name, uri in candidates.items()}
     return table.join(_frame(logged, ("model_id", "run_id"))), answers
@@ -254,23 +253,16 @@ def _bounded(value: str, holds: bool, bound: float) -> str:
     return f"{value} ({bound:g} allowed)" if holds else f"{value}: more than the {bound:g} allowed"
 
 
-def promote(
-    table: pd.DataFrame,
-    candidate: str,
-    version: ModelVersion,
-    alias: str = "champion",
-    max_drop: float = MAX_DROP,
-    max_kl: float = MAX_KL,
-) -> ModelVersion:
-    """Give a registered version the alias, with the evidence as its tags; refuse one that fails the gate.
+def promote(table: pd.DataFrame, candidate: str, version: ModelVersion, **bounds: float) -> ModelVersion:
+    """Make a registered version the champion, with the evidence as its tags; refuse one that fails the gate.
+
+    The version that was the champion before stays, without the alias.
 
     Args:
         table: what `compare` returned.
         candidate: the row that speaks for this version.
         version: what `mlflow.register_model` returned for that candidate's model.
-        alias: set on the version; the model before it keeps its version and loses the alias.
-        max_drop: see `gate`.
-        max_kl: see `gate`.
+        bounds: max_drop and max_kl, if others than those of `gate`.
     Returns:
         The version as the registry now has it.
     Raises:
@@ -282,9 +274,9 @@ def promote(
 
     if candidate not in table.index:
         raise GateError(f"{candidate!r} was not measured; there are {', '.join(table.index)}.")
-    verdict = gate(table, max_drop, max_kl).loc[candidate]
+    verdict = gate(table, **bounds).loc[candidate]
     if not verdict["passes"] or candidate == BASELINE:
-        raise GateError(f"{candidate} is not promoted to @{alias}: {verdict['reason']}.")
+        raise GateError(f"{candidate} is not promoted to @champion: {verdict['reason']}.")
     # An SQL registry keeps no model_id with the version, but the model itself does.
     registered = get_model_info(f"models:/{version.name}/{version.version}").model_id
     if registered != verdict["model_id"]:
@@ -297,7 +289,7 @@ def promote(
     evidence |= {"candidate": candidate, "gate": verdict["reason"], "evaluation_run": verdict["run_id"]}
     for key, value in evidence.items():
         client.set_model_version_tag(version.name, version.version, key, value)
-    client.set_registered_model_alias(version.name, alias, version.version)
+    client.set_registered_model_alias(version.name, "champion", version.version)
     return client.get_model_version(version.name, version.version)
 
 

@@ -21,7 +21,6 @@ START_OVER = (
 )
 _ANOTHER = "name another store: tracking_uri sqlite:////path/my.db"
 # Parts of the messages of SQLite, the operating system, safetensors (Rust) and MLflow's client (3.17).
-_LOCKED = ("database is locked",)
 _FULL = ("database or disk is full", "No space left on device", "Disk quota exceeded", "StorageFull")
 _SILENT = ("Connection refused", "Connection aborted", "Connection reset", "timed out", "timeout exception")
 
@@ -36,7 +35,7 @@ def explain(error: BaseException) -> str | None:
             f"The disk is full{f' ({place[1]})' if place else ''}. Free some of it and run again: "
             "what was logged before is kept, what was being written is not used."
         )
-    if _mentions(text, _LOCKED):
+    if "database is locked" in text:
         return (
             "The database of the MLflow store is locked: another program holds it for too long. "
             "End that program (a notebook, a server, a database viewer) and run again."
@@ -91,31 +90,32 @@ def explain_in_notebook(on_full_disk: Callable[[], None]) -> None:
 def refuse_unusable(database: Path, patience: float | None = None) -> None:
     """Try whether a database file, which may not exist yet, can be written by the installed MLflow.
 
-    It needs the standard library only: the doctor calls it before set-up.
-
     Args:
         patience: seconds to wait for a lock; None for LOCK_SECONDS. MLflow alone would try for minutes.
     Raises:
         StoreFault: if its folder is read-only, if another program keeps the lock, or if it is damaged or
             written by a newer MLflow.
     """
-    patience = LOCK_SECONDS if patience is None else patience
+    state = "ok"
+    is_newer = False
     try:
         # SQLite writes a journal beside the database.
         with tempfile.TemporaryFile(dir=database.parent):
             pass
-        if not database.exists():
-            return
-        with contextlib.closing(sqlite3.connect(database, timeout=patience)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.rollback()
-            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            is_newer = _is_newer(connection)
-    except OSError as error:
-        raise StoreFault(explain(error) or _unwritable(database.parent, error.strerror)) from None
-    except sqlite3.OperationalError as error:
-        sentence = explain(error)
-        raise StoreFault(f"{database}: {sentence}" if sentence else _unwritable(database, error)) from None
+        if database.exists():
+            patience = LOCK_SECONDS if patience is None else patience
+            with contextlib.closing(sqlite3.connect(database, timeout=patience)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+                (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                is_newer = _is_newer(connection)
+    except (OSError, sqlite3.OperationalError) as error:
+        if sentence := explain(error):
+            raise StoreFault(f"{database}: {sentence}") from None
+        place, reason = (database.parent, error.strerror) if isinstance(error, OSError) else (database, error)
+        raise StoreFault(
+            f"{place} cannot be written to ({reason}), so the MLflow store cannot be there: {_ANOTHER}"
+        ) from None
     except sqlite3.DatabaseError as error:
         state = str(error)
     if state != "ok":
@@ -130,21 +130,14 @@ def refuse_unusable(database: Path, patience: float | None = None) -> None:
         )
 
 
-def _unwritable(place: Path, reason: object) -> str:
-    return f"{place} cannot be written to ({reason}), so the MLflow store cannot be there: {_ANOTHER}"
-
-
 def _is_newer(connection: sqlite3.Connection) -> bool:
     """Whether the installed MLflow has no script for the revision of a database's tables.
 
     Alembic notes the revision in the database, and MLflow (3.17) names each script after its revision.
     """
-    mlflow = find_spec("mlflow")
     try:
-        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
     except sqlite3.OperationalError:
         return False  # MLflow has not made its tables yet
-    if row is None or mlflow is None:
-        return False
-    scripts = Path(mlflow.origin).parent / "store" / "db_migrations" / "versions"
-    return not any(scripts.glob(f"{row[0]}_*.py"))
+    scripts = Path(find_spec("mlflow").origin).parent / "store" / "db_migrations" / "versions"
+    return any(not list(scripts.glob(f"{revision}_*.py")) for (revision,) in rows)

@@ -268,7 +268,7 @@ def run_module(
     log.unlink()
 
 
-def _last_lines(log: Path, count: int = 12) -> str:
+def _last_lines(log: Path) -> str:
     """The exception that ended a child, or the end of its log without progress bars, a line for each."""
     lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))
     kept = [line for line in lines if line.strip() and "it/s]" not in line]
@@ -276,7 +276,7 @@ def _last_lines(log: Path, count: int = 12) -> str:
         last = len(kept) - kept[::-1].index("Traceback (most recent call last):")
         if exception := next((line for line in kept[last:] if not line.startswith(" ")), None):
             return exception
-    kept = kept[-count:]
+    kept = kept[-LOG_LINES:]
     return kept[0] if len(kept) == 1 else "\n".join(["the last lines of its output are", *kept])
 
 

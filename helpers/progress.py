@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 
 class Progress:
@@ -31,8 +29,6 @@ class Progress:
 
     def start(self, doing: str, total: int | None = None) -> None:
         """Begin a stage, counted in bytes if `total` is given, in seconds else; advance it with `advance`."""
-        from tqdm import tqdm  # here: `make doctor` reads this module before there are packages
-
         self._close()
         self.total = total
         counted = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}B, {rate_fmt}"
@@ -101,10 +97,8 @@ class _NotebookLine:
 
 
 def _in_notebook() -> bool:
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return shell is not None and hasattr(shell, "kernel")
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def megabytes(size: int) -> str:

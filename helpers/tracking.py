@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers import ROOT, errors, faults, parameters, places
-from helpers.models import folders
+from helpers.models import folders, logged
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -262,36 +262,7 @@ def _process(pid: int) -> str:
 
 def has_files(model_uri: str) -> bool:
     """Whether the files of a model are still in the store: its entry outlives a deleted folder."""
-    import mlflow
-
-    try:
-        files = mlflow.artifacts.list_artifacts(model_uri)
-    except mlflow.MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            raise
-        return False
-    return any(file.path.rpartition("/")[2] == "MLmodel" for file in files)
-
-
-def refuse_if_gone(model_uri: str) -> None:
-    """Raise errors.StoreFault for a model whose files are no longer in the store.
-
-    A model that the store does not know is not refused here: what loads it says so.
-    """
-    import mlflow
-
-    if not model_uri.startswith("models:") or has_files(model_uri):
-        return
-    with contextlib.suppress(mlflow.MlflowException):
-        raise errors.StoreFault(
-            f"The files of {model_uri} are gone: {_place(model_uri)} has none. {faults.START_OVER}"
-        )
-
-
-def _place(model_uri: str) -> str:
-    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
-
-    return ModelsArtifactRepository.get_underlying_uri(model_uri)
+    return "MLmodel" in {Path(file).name for file in logged.list_files(model_uri)}
 
 
 def share_files(model_uri: str) -> None:
@@ -302,7 +273,7 @@ def share_files(model_uri: str) -> None:
     (a server's store, another disk, a file of another user, Windows, which refuses to delete what is
     read-only) the copy stays.
     """
-    folder = places.local_path(_place(model_uri))
+    folder = places.local_path(logged.place(model_uri))
     if folder is None or os.name == "nt":
         return
     finished = folders.weights_dir().glob(f"*/*/{folders.MANIFEST}")

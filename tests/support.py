@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,14 @@ def left(family: list[psutil.Process], seconds: float = 120) -> list[psutil.Proc
     while (rest := [each for each in family if processes.runs(each)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return rest
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 600) -> None:
+    """Wait until a condition holds; fail if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
 
 
 def wait_until_it_answers(url: str, process: subprocess.Popen, log=None) -> None:

@@ -212,8 +212,3 @@ def test_variables_are_set_for_a_block_and_what_was_there_comes_back(monkeypatch
         assert (os.environ["MINE"], os.environ["NEW"]) == ("other", "1")
     assert os.environ["MINE"] == "kept"
     assert "NEW" not in os.environ
-
-
-@pytest.mark.parametrize("name", ["LICENSE", "README.md", "environment.yml", "MLproject"])
-def test_what_tools_look_for_stands_at_the_root(name):
-    assert Path(ROOT, name).is_file()

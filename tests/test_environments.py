@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from helpers.environment import ROOT
-from helpers.models import fetch
+from helpers.models import folders
 from helpers.workshop import notebooks
 
 pytestmark = pytest.mark.environment
@@ -33,7 +33,7 @@ def project(uv_variables, tmp_path_factory) -> Path:
     chosen = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_")
     own = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     own |= uv_variables | {
-        "WEIGHTS_DIR": str(fetch.weights_dir()),
+        "WEIGHTS_DIR": str(folders.weights_dir()),
         "MLFLOW_ENV_ROOT": f"{folder}/environments",
     }
     command = [

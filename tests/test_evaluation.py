@@ -193,12 +193,6 @@ def test_a_rate_needs_a_second_token(tokens, seconds, rate):
     assert measured == rate or (rate is None and math.isnan(measured))
 
 
-def test_without_fp32_the_first_candidate_is_the_reference_and_accuracy_alone_decides():
-    gated = evaluation.gate(_table(transformers=0.7, int4=0.68).assign(kl_divergence=math.nan))
-    assert gated.loc["transformers", "reason"].startswith("accuracy 70.0%, the reference")
-    assert gated.index[gated["winner"]].tolist() == ["int4"]
-
-
 # --- scoring, comparing and promoting, in a store of their own
 
 

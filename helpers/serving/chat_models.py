@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.models import pickles
+from helpers.models import logged
 
 OPTIONS = ("max_new_tokens", "repetition_penalty", "temperature", "top_p", "top_k")
 Start = Callable[[list[dict], dict], Any]
@@ -63,6 +63,7 @@ def load(model_uri: str) -> tuple[ServedModel, Start]:
 
     Raises:
         ValueError: for another model.
+        errors.StoreFault: if the model's files are gone from the store.
         errors.ModelUnavailable: if it would be read with pickle.
         mlflow.exceptions.MlflowException: if there is no such model, or it cannot be loaded.
     """
@@ -78,9 +79,9 @@ def load(model_uri: str) -> tuple[ServedModel, Start]:
         # An alias is looked up once, so that the version that is reported is the one that is loaded.
         name, version = get_model_name_and_version(mlflow.MlflowClient(), model_uri)
         model_uri = f"models:/{name}/{version}"
+    logged.check(model_uri)
     info = mlflow.models.get_model_info(model_uri)
     served = ServedModel(name, version, info.model_id or "", (info.metadata or {}).get("system_message"))
-    pickles.refuse_pickle(model_uri)
     if "transformers" in info.flavors:
         config = info.flavors["python_function"].get("config") or {}
         return served, PipelineChat(mlflow.transformers.load_model(model_uri), config).start

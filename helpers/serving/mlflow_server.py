@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 
-from helpers import processes, tracking
-from helpers.models import pickles
+from helpers import processes
+from helpers.models import logged
 
 
 def serve(
@@ -28,8 +28,7 @@ def serve(
     """
     port = port or processes.free_port()
     processes.refuse_if_taken(port)
-    tracking.refuse_if_gone(model_uri)
-    pickles.refuse_pickle(model_uri)
+    logged.check(model_uri)
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri,
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port),

@@ -154,7 +154,6 @@ def main() -> None:
     model_uri, tracking_uri, trace_sampling = json.loads(messages.get())
     try:
         tracking.open_store(tracking_uri)
-        tracking.refuse_if_gone(model_uri)
         served, start = chat_models.load(model_uri)
         if trace_sampling:
             # Beside the model, while `connect` would enter a server's workspace of that name.

@@ -166,7 +166,7 @@ def test_a_product_whose_rows_are_no_whole_blocks_is_left_to_the_builder():
 @pytest.mark.parametrize("precision", catalog.PRECISIONS)
 def test_every_precision_loads_and_answers(precision: str):
     folder = export.onnx_folder(TINY, precision)
-    fetch.verify(folder)
+    folders.verify(folder)
     assert answer(folder, TINY, "Hi", 8)
 
 
@@ -202,7 +202,7 @@ def test_a_local_checkpoint_is_exported_under_the_weights_folder(
     assert sorted(own.iterdir()) == before
     wanted = folders.read_manifest(folder)["recipe"]
     (own / "model.safetensors").touch()  # newer weights ask for a new export
-    assert fetch.recipe(model) != wanted["checkpoint"]
+    assert model.origin.recipe() != wanted["checkpoint"]
 
 
 def test_a_local_onnx_folder_is_used_as_it_is(tiny_phi3_onnx: Path):

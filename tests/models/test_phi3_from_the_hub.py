@@ -20,7 +20,7 @@ import pytest
 from local_hub import LocalHub
 from transformers import AutoTokenizer
 
-from helpers.models import catalog, export, fetch, folders, onnx_chat_model
+from helpers.models import catalog, export, folders, onnx_chat_model
 
 pytestmark = pytest.mark.kernel
 
@@ -111,8 +111,8 @@ def test_only_the_needed_files_are_asked_for_and_each_once(run):
         )
     }
     assert sorted(run.asked) == sorted(wanted | {(published.ONNX.repo, "LICENSE")})
-    fetch.verify(run.checkpoint)
-    fetch.verify(run.onnx)
+    folders.verify(run.checkpoint)
+    folders.verify(run.onnx)
 
 
 def test_model_versions_say_which_commit_they_are_made_of(run):

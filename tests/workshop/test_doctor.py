@@ -15,7 +15,7 @@ import mlflow
 import pytest
 
 from helpers import ROOT, environment, processes, tracking
-from helpers.models import fetch
+from helpers.models import folders
 
 pytestmark = pytest.mark.command
 
@@ -92,7 +92,7 @@ def test_before_set_up_a_bare_python_hears_the_next_step_and_nothing_is_written(
 
 @pytest.mark.environment
 def test_a_complete_machine_hears_so_from_any_python(set_up, smollm2_checkpoint):
-    found = doctor(set_up, start=NO_PACKAGES, WEIGHTS_DIR=fetch.weights_dir())
+    found = doctor(set_up, start=NO_PACKAGES, WEIGHTS_DIR=folders.weights_dir())
     assert found["packages"] == ("OK", f"{len(environment.locked())} as locked")
     assert {state for state, _ in found.values()} == {"OK"}
     assert "checkpoint" in found["model"][1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, environment
-from helpers.models import catalog, export, fetch
+from helpers.models import catalog, export, folders
 from helpers.workshop import wheelhouse as wheels
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # two notebooks and a set-up, on any machine
@@ -144,7 +144,7 @@ def test_make_run_sets_up_from_the_wheelhouse_and_runs_both_notebooks(room, weig
     manifests = list(weights.glob("*/*/manifest.json"))
     assert len(manifests) == 6
     for manifest in manifests:
-        original = fetch.weights_dir() / manifest.relative_to(weights)
+        original = folders.weights_dir() / manifest.relative_to(weights)
         assert manifest.stat().st_mtime == original.stat().st_mtime, manifest
 
 

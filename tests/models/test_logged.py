@@ -4,7 +4,7 @@ import mlflow
 import pytest
 
 from helpers.errors import ModelUnavailable
-from helpers.models.pickles import refuse_pickle
+from helpers.models import logged
 
 
 class Pickled(mlflow.pyfunc.PythonModel):
@@ -18,7 +18,7 @@ def test_a_pickled_class_is_refused_whatever_mlflow_s_own_switch_says(tmp_path, 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     mlflow.pyfunc.save_model(tmp_path / "model", python_model=Pickled(), pip_requirements=[])
     with pytest.raises(ModelUnavailable, match="is a pickled Python class, and a pickle runs") as refused:
-        refuse_pickle(str(tmp_path / "model"))
+        logged.check(str(tmp_path / "model"))
     assert "\n" not in str(refused.value)
 
 
@@ -33,11 +33,11 @@ def test_a_pickle_beside_a_model_from_code_is_refused_by_its_name(name, tmp_path
     )
     folder = tmp_path / "model"
     mlflow.pyfunc.save_model(folder, python_model=str(code), pip_requirements=[])
-    refuse_pickle(str(folder))
+    logged.check(str(folder))
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
     with pytest.raises(ModelUnavailable, match=rf"holds .*{name}, which is read with pickle"):
-        refuse_pickle(str(folder))
+        logged.check(str(folder))
 
 
 def test_what_the_notebooks_log_is_let_through_under_each_of_its_names(registered_onnx):
@@ -45,7 +45,7 @@ def test_what_the_notebooks_log_is_let_through_under_each_of_its_names(registere
     mlflow.set_tracking_uri(registered_onnx)
     try:
         for uri in ("models:/slm-onnx@champion", "models:/slm-onnx/1"):
-            refuse_pickle(uri)
-            refuse_pickle(f"models:/{mlflow.models.get_model_info(uri).model_id}")
+            logged.check(uri)
+            logged.check(f"models:/{mlflow.models.get_model_info(uri).model_id}")
     finally:
         mlflow.set_tracking_uri(before)

@@ -9,11 +9,8 @@ At its top this file imports the standard library only: it also runs before set-
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
 import shutil
-import sqlite3
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +22,6 @@ OK, TODO, NOTE = "OK", "TO DO", "NOTE"
 Finding = tuple[str, str]  # OK, TO DO or NOTE; what is there, or what to do
 
 ENVIRONMENT_SIZE = 2_500_000_000  # bytes, measured on Linux with torch's CPU build
-# What the notebooks use by default.
-EXPERIMENTS = ("small-language-models", "serving")
 AGAIN = "Delete .venv, then run: make setup"
 
 
@@ -61,26 +56,20 @@ def _python() -> Finding:
 
 def _packages() -> Finding:
     """Compare what is installed with the lock."""
-    own = environment.python_of(VENV)
-    if own.is_symlink() and not own.exists():
-        return TODO, "the Python that .venv was made with is gone. Run: make setup"
-    if Path(sys.prefix) != VENV and find_spec("mlflow") is None:
+    if not (find_spec("mlflow") and find_spec("packaging")):
         free = shutil.disk_usage(ROOT).free / 1e9
         disk = f"it needs {ENVIRONMENT_SIZE / 1e9:.1f} GB of disk, and {free:,.1f} GB are free"
-        return TODO, f"no environment yet. Run: make setup ({disk})"
-    if find_spec("packaging") is None:
-        return TODO, f"missing: packaging, and perhaps others. {AGAIN}"
+        step = AGAIN if VENV.exists() else "Run: make setup"
+        return TODO, f"no complete environment here. {step} ({disk})"
     here = environment.installed()
     locked = environment.locked()
-    missing = [name for name in locked if name not in here]
-    other = [
-        f"{name} {here[name]} instead of {version}"
+    wrong = [
+        f"{name} is {here.get(name, 'missing')}, not {version}"
         for name, version in locked.items()
-        if name in here and here[name].partition("+")[0] != version
+        if here.get(name, "").partition("+")[0] != version
     ]
-    if missing or other:
-        wrong = [f"missing: {', '.join(missing)}"] * bool(missing) + [", ".join(other)] * bool(other)
-        return TODO, f"{'; '.join(wrong)}. {AGAIN}"
+    if wrong:
+        return TODO, f"{', '.join(wrong)}. {AGAIN}"
     if Path(sys.prefix) == VENV and not environment.is_current():
         return TODO, "as locked, but set up elsewhere, by another Python or not to the end. Run: make setup"
     return OK, f"{len(locked)} as locked"
@@ -133,81 +122,29 @@ def _disk(chosen) -> Finding:
 
 def _store(given: str) -> Finding:
     """Try the store without leaving anything in it."""
-    from helpers import errors, parameters, tracking
+    from helpers import errors, faults, parameters, tracking
 
     try:
         uri = parameters.store(given, "--tracking-uri") or tracking.default_uri()
-    except errors.ParameterError as error:
+        if file := parameters.sqlite_file(uri):
+            faults.refuse_unusable(file, patience=2)
+    except (errors.ParameterError, errors.StoreFault) as error:
         return TODO, str(error)
-    if file := parameters.sqlite_file(uri):
-        return _database(file)
     if uri.startswith(("http://", "https://")):
         return _server(uri.rstrip("/"))
-    return OK, f"{parameters.without_password(uri)} can be opened"
-
-
-def _database(file: Path) -> Finding:
-    """Whether a database can be written, whether it has moved, and what it names that is gone."""
-    from helpers import errors, faults, parameters, places, tracking
-
-    try:
-        faults.refuse_unusable(file, patience=2)
-    except errors.StoreFault as error:
-        return TODO, str(error)
-    if not file.exists():
-        return OK, f"{file} will be made"
-    folder = places.artifacts(file.parent)
-    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        moved = places.moved(connection, folder)
-        deleted = _rows(connection, DELETED)
-        versions = _rows(connection, VERSIONS)
-    now = {place.stored: place.new for place in moved}
-    where = {version: now.get(stored) or places.local_path(stored) for version, stored in versions}
-    gone = [version for version, path in where.items() if path and not os.path.exists(path / "MLmodel")]
-    found = [
-        f"the experiment {tracking.how_to_restore(name, number, parameters.sqlite_uri(file))}"
-        for number, name in deleted
-    ]
-    if moved:
-        found.append(f"it was moved here from {moved[0].old.parent}, and is set right when next used")
-    if gone:
-        found.append(f"the files of {', '.join(gone[:3])} are gone from {folder}. {faults.START_OVER}")
-    if any(name in EXPERIMENTS for _, name in deleted):
-        return TODO, f"{file}: {'; '.join(found)}"
-    return NOTE if found else OK, "; ".join([f"{file} can be written", *found])
-
-
-DELETED = "SELECT experiment_id, name FROM experiments WHERE lifecycle_stage = 'deleted'"
-VERSIONS = (
-    "SELECT name || '/' || version, coalesce(storage_location, source, '') FROM model_versions "
-    "WHERE current_stage <> 'Deleted_Internal'"
-)
-
-
-def _rows(connection: sqlite3.Connection, query: str) -> list[tuple]:
-    """What a query finds; nothing in a database whose tables are not made yet."""
-    with contextlib.suppress(sqlite3.OperationalError):
-        return connection.execute(query).fetchall()
-    return []
+    return OK, f"{file or parameters.without_password(uri)} can be used"
 
 
 def _server(url: str) -> Finding:
-    """Ask a tracking server which experiments were deleted."""
+    """Ask a tracking server for its version, which no other server has there."""
     import requests
 
-    from helpers import parameters, tracking
+    from helpers import parameters
 
     shown = parameters.without_password(url)
-    query = {"max_results": 1000, "view_type": "DELETED_ONLY"}
-    try:
-        reply = requests.post(f"{url}/api/2.0/mlflow/experiments/search", json=query, timeout=10)
-        if reply.status_code in (401, 403):
-            return NOTE, f"{shown} asks who you are: set MLFLOW_TRACKING_USERNAME and …_PASSWORD"
-        reply.raise_for_status()
-        deleted = {each["name"]: each["experiment_id"] for each in reply.json().get("experiments", [])}
-    except (OSError, ValueError) as error:
-        return TODO, f"{shown} does not answer as MLflow does ({type(error).__name__}). Ask who runs it"
-    for name in EXPERIMENTS:
-        if name in deleted:
-            return TODO, f"{shown}: the experiment {tracking.how_to_restore(name, deleted[name], url)}"
-    return OK, f"{shown} answers and finds experiments"
+    code = requests.get(f"{url}/version", timeout=10).status_code
+    if code in (401, 403):
+        return NOTE, f"{shown} asks who you are: set MLFLOW_TRACKING_USERNAME and …_PASSWORD"
+    if code != 200:
+        return TODO, f"{shown} does not answer as MLflow does (HTTP {code}). Ask who runs it"
+    return OK, f"{shown} answers"

@@ -11,10 +11,9 @@ import sysconfig
 import venv
 from pathlib import Path
 
-import mlflow
 import pytest
 
-from helpers import ROOT, environment, processes, tracking
+from helpers import ROOT, environment, processes
 from helpers.models import fetch
 
 pytestmark = pytest.mark.command
@@ -86,7 +85,7 @@ def test_before_set_up_a_bare_python_hears_the_next_step_and_nothing_is_written(
     assert found["Python"][0] == "OK"
     state, text = found["packages"]
     assert state == "TO DO"
-    assert text.startswith("no environment yet. Run: make setup (it needs 2.5 GB of disk")
+    assert text.startswith("no complete environment here. Run: make setup (it needs 2.5 GB of disk")
     assert sorted(clone.rglob("*")) == before
 
 
@@ -110,7 +109,8 @@ def test_a_missing_package_and_another_version_are_named_with_the_fix(set_up):
     next(library(set_up).glob("papermill-*.dist-info")).unlink()
     state, text = doctor(set_up, start=NO_PACKAGES)["packages"]
     assert state == "TO DO"
-    assert f"missing: papermill; tqdm 0.1 instead of {environment.locked()['tqdm']}" in text
+    assert "papermill is missing, not " in text
+    assert f"tqdm is 0.1, not {environment.locked()['tqdm']}" in text
     assert "Delete .venv, then run: make setup" in text
 
 
@@ -126,8 +126,9 @@ def test_an_environment_whose_python_is_gone_is_noticed(set_up):
     for link in (set_up / ".venv/bin").glob("python*"):
         link.unlink()
         link.symlink_to("/nowhere/python")
-    text = "the Python that .venv was made with is gone. Run: make setup"
-    assert doctor(set_up, start=NO_PACKAGES)["packages"] == ("TO DO", text)
+    state, text = doctor(set_up, start=NO_PACKAGES)["packages"]
+    assert state == "TO DO"
+    assert text.startswith("no complete environment here. Delete .venv, then run: make setup")
 
 
 def test_an_environment_of_conda_needs_no_venv(clone):
@@ -200,19 +201,12 @@ def test_a_store_that_the_environment_names_wrongly_is_refused_in_the_variables_
 
 
 @pytest.mark.server
-def test_a_tracking_server_is_asked_for_experiments(clone, tmp_path):
+def test_a_tracking_server_is_asked_whether_it_is_one(clone, tmp_path):
     port = processes.free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     with processes.running(command, port, "a tracking server", 600) as url:
-        assert doctor(clone, "--tracking-uri", url)["store"] == ("OK", f"{url} answers and finds experiments")
-        client = mlflow.MlflowClient(url)
-        number = client.create_experiment("small-language-models")
-        client.delete_experiment(number)
-        state, text = doctor(clone, "--tracking-uri", url)["store"]
-    assert state == "TO DO"
-    assert f"MLFLOW_TRACKING_URI={url} mlflow experiments restore --experiment-id {number}" in text
+        assert doctor(clone, "--tracking-uri", url)["store"] == ("OK", f"{url} answers")
 
 
 @pytest.mark.server
@@ -224,7 +218,7 @@ def test_what_answers_but_is_no_tracking_server_is_noticed(clone, tmp_path):
     with processes.running(command, port, "a web server", 600) as url:
         state, text = doctor(clone, MLFLOW_TRACKING_URI=url)["store"]
     assert state == "TO DO"
-    assert text.startswith(f"{url} does not answer as MLflow does (HTTPError)")
+    assert text.startswith(f"{url} does not answer as MLflow does (HTTP 404)")
 
 
 def test_a_database_that_cannot_be_written_is_missing(clone, tmp_path):
@@ -233,7 +227,7 @@ def test_a_database_that_cannot_be_written_is_missing(clone, tmp_path):
     with contextlib.closing(sqlite3.connect(file)) as other:
         other.execute("create table runs (id)")
         other.commit()
-        assert doctor(clone, "--tracking-uri", uri)["store"] == ("OK", f"{file} can be written")
+        assert doctor(clone, "--tracking-uri", uri)["store"] == ("OK", f"{file} can be used")
         other.execute("begin exclusive")
         state, text = doctor(clone, "--tracking-uri", uri)["store"]
     assert state == "TO DO"
@@ -242,75 +236,6 @@ def test_a_database_that_cannot_be_written_is_missing(clone, tmp_path):
     assert "not a database" in doctor(clone, "--tracking-uri", uri)["store"][1]
     nowhere = f"sqlite:///{tmp_path}/nowhere/mlflow.db"
     assert "folder that does not exist" in doctor(clone, "--tracking-uri", nowhere)["store"][1]
-
-
-@pytest.fixture
-def store(tmp_path, log_wrapper, tiny_phi3_onnx) -> Path:
-    """The folder of a store in which a model is registered."""
-    before = mlflow.get_tracking_uri()
-    (tmp_path / "store").mkdir()
-    tracking.connect(f"sqlite:///{tmp_path}/store/mlflow.db", "small-language-models")
-    with mlflow.start_run():
-        tracking.share_files(log_wrapper(tiny_phi3_onnx).model_uri)
-    mlflow.set_tracking_uri(before)
-    return tmp_path / "store"
-
-
-def test_a_store_that_moved_and_files_that_are_gone_are_noticed(clone, store):
-    uri = f"sqlite:///{store}/mlflow.db"
-    assert doctor(clone, "--tracking-uri", uri)["store"] == ("OK", f"{store}/mlflow.db can be written")
-
-    moved = store.rename(store.with_name("moved"))
-    before = sorted(moved.parent.rglob("*"))
-    state, text = doctor(clone, "--tracking-uri", f"sqlite:///{moved}/mlflow.db")["store"]
-    assert state == "NOTE"
-    assert f"it was moved here from {store}, and is set right when next used" in text
-    assert sorted(moved.parent.rglob("*")) == before
-
-    shutil.rmtree(moved / "mlruns")
-    state, text = doctor(clone, "--tracking-uri", f"sqlite:///{moved}/mlflow.db")["store"]
-    assert state == "NOTE"
-    assert f"the files of slm-onnx/1 are gone from {moved}/mlruns" in text
-    assert "rm -rf" in text
-
-
-def test_a_deleted_experiment_a_newer_mlflow_and_damage_are_noticed(clone, store):
-    file = store / "mlflow.db"
-    uri = f"sqlite:///{file}"
-
-    def change(statement: str) -> None:
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            database.execute(statement)
-            database.commit()
-
-    change("UPDATE experiments SET lifecycle_stage = 'deleted' WHERE name = 'small-language-models'")
-    state, text = doctor(clone, "--tracking-uri", uri)["store"]
-    assert state == "TO DO"
-    assert "'small-language-models' was deleted, and its name stays taken" in text
-    assert f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id 1" in text
-    change("UPDATE experiments SET name = 'a learner', lifecycle_stage = 'deleted' WHERE experiment_id = 1")
-    assert doctor(clone, "--tracking-uri", uri)["store"][0] == "NOTE"
-    change("UPDATE alembic_version SET version_num = 'f00dfeed0001'")
-    state, text = doctor(clone, "--tracking-uri", uri)["store"]
-    assert state == "TO DO"
-    assert f"{file} was written by a newer MLflow than" in text
-    content = bytearray(file.read_bytes())
-    content[4096 * 3 : 4096 * 4] = b"?" * 4096
-    file.write_bytes(content)
-    state, text = doctor(clone, "--tracking-uri", uri)["store"]
-    assert state == "TO DO"
-    assert f"{file} is damaged (" in text
-
-
-def test_the_experiments_that_the_doctor_looks_for_are_the_notebooks_own():
-    from helpers.serving import model_process
-    from helpers.workshop import doctor as module
-    from helpers.workshop import notebooks
-
-    used = {
-        notebooks.declared(path)["experiment"]["default"].strip('"') for path in notebooks.NOTEBOOKS.values()
-    }
-    assert {*used, model_process.TRACES} == set(module.EXPERIMENTS)
 
 
 def test_an_unsupported_python_hears_which_ones_are(clone):
@@ -328,5 +253,5 @@ def test_make_doctor_asks_for_no_set_up(clone):
     # The Python below this environment, which has none of its packages, also where .venv/bin leads PATH.
     bare = f"PYTHON={Path(sys.base_prefix) / 'bin/python3'}"
     child = subprocess.run(["make", "doctor", bare], cwd=clone, env=BARE, capture_output=True, text=True)
-    assert "no environment yet" in child.stdout
+    assert "no complete environment here" in child.stdout
     assert not (clone / ".venv").exists()

@@ -127,8 +127,8 @@ def fetch(
 
     chosen = catalog.find(model)
     folders = [fetch.checkpoint(chosen, offline=offline)]
-    wanted = precision or export.compared(chosen)
-    folders += [export.onnx_folder(chosen, each, offline=offline) for each in wanted]
+    for each in precision or export.compared(chosen):
+        folders.append(export.onnx_folder(chosen, each, offline=offline))
     for folder in folders:
         if folder.is_relative_to(fetch.weights_dir()):
             fetch.verify(folder)

@@ -156,9 +156,10 @@ def _fetch(notebook: Path, values: dict[str, object]) -> None:
     model = catalog.find(wanted["model"])
     try:
         if "precision" in wanted:
-            export.onnx_folder(model, wanted["precision"])
+            asked = {name: wanted[name] for name in ("prompt", "max_new_tokens")}
+            export.onnx_folder(model, wanted["precision"], **asked)
         else:
-            fetch.checkpoint(model)
+            fetch.check_prompt(fetch.checkpoint(model), model, wanted["question"], wanted["max_new_tokens"])
     except errors.ModelUnavailable as error:
         raise NotebookError(f"{notebook.name} was not started: {error}") from None
 

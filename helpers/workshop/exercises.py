@@ -86,7 +86,7 @@ def _arguments(judge: Callable, names: dict) -> dict[str, Any]:
     for name in wanted:
         if name not in names:
             raise NotYet(f"there is no `{name}`.", "Run the cells above this one, from the top.")
-    if names[wanted[0]] is None or names[wanted[0]] is ...:
+    if names[wanted[0]] is ...:
         raise Empty(f"`{wanted[0]}` is still empty.")
     return {name: names[name] for name in wanted}
 
@@ -94,7 +94,7 @@ def _arguments(judge: Callable, names: dict) -> dict[str, Any]:
 def call(function: Callable, *arguments: object) -> Any:
     """What a learner's function returns; one that returns nothing is still empty."""
     result = function(*arguments)
-    if result is None or result is ...:
+    if result is None:
         raise Empty(f"`{function.__name__}` returned nothing.")
     return result
 

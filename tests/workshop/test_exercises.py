@@ -106,7 +106,7 @@ _PEEK = "def peek(stream, count):\n    {}"
 _SMALLEST = "def smallest(table, max_drop, max_kl):\n    return {}"
 ATTEMPTS = [
     ("1.1", "del tell", "there is no `tell`", "Run the cells above"),
-    ("1.1", "tell = None", "`tell` is still empty", FIRST_HINT["1.1"]),
+    ("1.1", "tell = ...", "`tell` is still empty", FIRST_HINT["1.1"]),
     ("1.1", "def tell(question): return ''", "it raised TypeError: tell() takes 1", FIRST_HINT["1.1"]),
     ("1.1", _TELL.format(f"return {_ASK.format(False)}{_TEXT}"), "2 and 3 all gave", "do_sample=True"),
     ("1.1", _TELL.format(f"return {_ASK.format(True)}{_TEXT}"), "seed 1 gave", "Set the seed inside `tell`"),

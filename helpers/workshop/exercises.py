@@ -66,7 +66,7 @@ def exercise(number: str, hint: str) -> Callable[[Callable[..., str]], Callable[
                 print(f"– Exercise {number} was not checked: {reason}")
                 return
             except Exception as error:
-                wrong = error if isinstance(error, NotYet) else NotYet(f"it raised {short(error)}")
+                wrong = error if isinstance(error, NotYet) else NotYet(f"it raised {short(error, 100)}")
                 advice = wrong.hint or hint
                 print(f"✗ Exercise {number}, not yet: {wrong}\n  Hint: {advice}")
                 if isinstance(wrong, Empty):

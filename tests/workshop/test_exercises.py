@@ -112,7 +112,7 @@ ATTEMPTS = [
     ("1.1", _TELL.format(f"return {_ASK.format(True)}{_TEXT}"), "seed 1 gave", "Set the seed inside `tell`"),
     ("1.1", _TELL.format(f"return {_ASK.format(True)}"), "which is no text", "content"),
     ("1.1", _TELL.format("return 'once ' * 17"), "17 words, so more than 16 tokens", "max_new_tokens=16"),
-    ("1.2", "best_run = runs.run_id[0]", "`words_per_second` of '8 tokens' is None", "divide the words"),
+    ("1.2", "best_run = runs.run_id[0]", "tokens' is None, and should be", "divide the words"),
     ("1.2", _WORDS.format(_RIGHT_WORDS, "runs"), "is none of the 8 ids", "Search with the filter"),
     (
         "1.2",

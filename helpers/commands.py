@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -61,11 +61,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 ModelName = Annotated[str, Argument(metavar="MODEL", help="Catalogue key, Hub id or folder.")]
-ModelUri = Annotated[str, Option(help="Model URI, of what the notebooks log.")]
 Store = Annotated[str, Option(help="MLflow store.", show_default="mlflow.db beside this project")]
 Port = Annotated[int, Option(min=1, max=65_535)]
 Output = Annotated[Path, Option(help="Folder to write into.", show_default="out")]
-CHAMPION = "models:/slm-onnx@champion"
+OUT = ROOT / "out"
 
 
 @app.command()
@@ -143,22 +142,20 @@ def run(
         list[str] | None, Argument(metavar="NOTEBOOK", help="01, 02 or both.", show_default="both")
     ] = None,
     parameters: Annotated[
-        list[Any] | None,
+        list[str] | None,
         Option(
             *("-p", "--parameter"),
-            parser=_pair,
             metavar="NAME VALUE",
             help="A notebook parameter; papermill --help-notebook NOTEBOOK lists them.",
         ),
     ] = None,
-    output: Annotated[Path, Option(help="Folder of the executed notebooks.", show_default="out")] = ROOT
-    / "out",
+    output: Output = OUT,
 ) -> None:
     """Run the notebooks headless."""
     from helpers.workshop import notebooks as headless
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what CI sends works like Ctrl-C
-    chosen = headless.select(notebooks or [], dict(parameters or []))
+    chosen = headless.select(notebooks or [], dict(map(_pair, parameters or [])))
     for page in headless.run(chosen, output):
         print(f"Read it: {os.path.relpath(page)}")
 
@@ -178,7 +175,7 @@ def ui(port: Port = 5000, tracking_uri: Store = "") -> None:
 
 @app.command()
 def serve(
-    model: ModelUri = CHAMPION,
+    model: Annotated[str, Option(help="Model URI, of what the notebooks log.")] = "models:/slm-onnx@champion",
     host: Annotated[str, Option(help="Another than loopback needs a key.")] = "127.0.0.1",
     port: Port = 8000,
     api_key: Annotated[
@@ -265,9 +262,7 @@ def site() -> None:
 
 
 @app.command()
-def student(
-    output: Output = ROOT / "out",
-) -> None:
+def student(output: Output = OUT) -> None:
     """Write the notebooks without solutions, and with them."""
     from helpers.workshop import editions
 

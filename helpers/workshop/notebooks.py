@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
-import contextlib
+import functools
 import hashlib
 import inspect
 import logging
 import os
-import re
 import shutil
 import tempfile
 import textwrap
 from pathlib import Path
+
+from traitlets.config import Config
 
 from helpers import ROOT, errors, parameters, processes
 from helpers.models import catalog, export, fetch
@@ -23,6 +24,8 @@ NOTEBOOKS = {
     "02": ROOT / "notebooks" / "02_CustomPythonWrapper.ipynb",
 }
 
+# Without it ipykernel (7) warns in the terminal that its messages are not encrypted.
+ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
@@ -77,12 +80,11 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
     Returns:
         The HTML pages, in order.
     Raises:
-        ValueError: if `output` holds another file by the name of one of them; nothing has been touched then.
+        ValueError: if `output` holds another notebook by the name of one of them; nothing is touched then.
         NotebookError: when the model's files cannot be had; when a cell fails, the executed copy up to that
             cell is kept for reading.
     """
-    files = [output / f"{path.stem}{suffix}" for path in chosen for suffix in (".ipynb", ".html")]
-    written.prepare([output], files, "run")
+    written.prepare([output / path.name for path in chosen])
     return [_produce(path, values, output) for path, values in chosen.items()]
 
 
@@ -97,51 +99,34 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     except Timeout:
         print(f"Waiting: another run writes {os.path.relpath(executed)}.", flush=True)
         held = lock.acquire()
-    with held:
-        # Minutes may have passed since the first look.
-        written.prepare([output], [executed, html], "run")
+    # MLflow writes a whole model to the temporary folder, and the system's own is in memory on many machines.
+    folder = output.resolve() / f".{notebook.stem}.tmp"
+    with held, processes.variables(TMPDIR=str(folder)):
         for earlier in (executed, html):
             earlier.unlink(missing_ok=True)
-        with _temporary_folder(executed) as folder:
-            _execute(notebook, values, executed, folder / notebook.name)
-            draft = folder / html.name
-            draft.write_text(written.stamped(_html(executed), "run"), encoding="utf-8")
-            draft.replace(html)
+        # A run that was killed may have left its own.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            _fetch(notebook, values)
+            _execute(notebook, values, folder / notebook.name, os.path.relpath(executed))
+        finally:
+            _keep(folder / notebook.name, executed)
+            shutil.rmtree(folder, ignore_errors=True)
+        html.write_text(_html(executed), encoding="utf-8")
     return html
 
 
-@contextlib.contextmanager
-def _temporary_folder(executed: Path):
-    """The kernel's temporary files go beside the executed notebook; what a killed run left goes first.
-
-    MLflow writes a whole model there, and the system's own folder is in memory on many machines.
-    """
-    prefix = f".{executed.stem}.tmp-"
-    # They are no other run's: `_produce` lets in one at a time.
-    for left in executed.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    place = executed.parent.resolve()
-    made = tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
-    with made as folder, processes.variables(TMPDIR=folder):
-        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
-        tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = None
-
-
-def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: Path) -> None:
-    """Execute a notebook as `draft`, which then becomes `executed`, also when a cell failed."""
+def _execute(notebook: Path, values: dict[str, object], draft: Path, kept: str) -> None:
+    """Execute a notebook as `draft`, which is kept as `kept` also when a cell failed."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    files = {"input_path": str(notebook), "output_path": str(draft), "cwd": str(ROOT)}
-    until_then = f"What it did until then: {os.path.relpath(executed)}"
+    until_then = f"What it did until then: {kept}"
+    given = {"kernel_name": "python3", "cwd": str(ROOT), "config": ENCRYPTED}
     try:
-        _fetch(notebook, values)
-        papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=_encrypted())
+        papermill.execute_notebook(notebook, draft, values, **given)
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}"
         raise NotebookError(
@@ -156,8 +141,27 @@ def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: P
         # nbclient (0.11) no longer awaits its task then, and asyncio would report at length that it failed.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise
-    finally:
-        _keep(draft, executed)
+
+
+def _fetch(notebook: Path, values: dict[str, object]) -> None:
+    """Get the model's files that a notebook begins with: a kernel has no terminal for the bar.
+
+    With `offline` nothing is fetched, and every byte would be read once more than needed.
+    """
+    defaults = {name: ast.literal_eval(about["default"]) for name, about in declared(notebook).items()}
+    wanted = defaults | values
+    # A notebook without this parameter needs no model.
+    if wanted.get("offline", True):
+        return
+    model = catalog.find(wanted["model"])
+    try:
+        if "precision" in wanted:
+            asked = {name: wanted[name] for name in ("prompt", "max_new_tokens")}
+            export.onnx_folder(model, wanted["precision"], **asked)
+        else:
+            fetch.check_prompt(fetch.checkpoint(model), model, wanted["question"], wanted["max_new_tokens"])
+    except errors.ModelUnavailable as error:
+        raise NotebookError(f"{notebook.name} was not started: {error}") from None
 
 
 def _keep(draft: Path, executed: Path) -> None:
@@ -168,40 +172,10 @@ def _keep(draft: Path, executed: Path) -> None:
         book = nbformat.read(draft, as_version=4)
     except (FileNotFoundError, ValueError):
         return
-    book.metadata.papermill.output_path = str(executed)
     relink(book, executed.parent)
-    written.stamp(book, "run")
+    written.stamp(book)
     nbformat.write(book, draft)
     draft.replace(executed)
-
-
-def _fetch(notebook: Path, values: dict[str, object]) -> None:
-    """Get the model's files that a notebook begins with: a kernel has no terminal for the bar.
-
-    With `offline` nothing is fetched, and every byte would be read once more than needed.
-    """
-    if notebook not in NOTEBOOKS.values():
-        return
-    defaults = {name: ast.literal_eval(about["default"]) for name, about in declared(notebook).items()}
-    wanted = defaults | values
-    if wanted["offline"]:
-        return
-    model = catalog.find(wanted["model"])
-    try:
-        if notebook == NOTEBOOKS["01"]:
-            fetch.check_prompt(fetch.checkpoint(model), model, wanted["question"], wanted["max_new_tokens"])
-        else:
-            asked = {name: wanted[name] for name in ("prompt", "max_new_tokens")}
-            export.onnx_folder(model, wanted["precision"], **asked)
-    except errors.ModelUnavailable as error:
-        raise NotebookError(f"{notebook.name} was not started: {error}") from None
-
-
-def _encrypted():
-    """Settings of a kernel whose messages are encrypted; without them ipykernel (7) warns in the terminal."""
-    from traitlets.config import Config
-
-    return Config(KernelManager={"transport_encryption": "auto"})
 
 
 def _html(executed: Path) -> str:
@@ -209,21 +183,27 @@ def _html(executed: Path) -> str:
     import nbformat
 
     book = nbformat.read(executed, as_version=4)
-    # nbconvert (7.17) embeds only what lies below the folder that it is given: here the project's.
-    pictures = re.compile(rf"(!\[[^\]]*\]\(){re.escape(_way_to_root(executed.parent))}/")
     for cell in book.cells:
         if cell.cell_type == "markdown":
-            cell.source = pictures.sub(r"\1", cell.source)
+            # nbconvert (7.17) embeds only what lies below the folder that it is given: here the project's.
+            cell.source = cell.source.replace(
+                f"]({_way_to_root(executed.parent)}/docs/images/", "](docs/images/"
+            )
     return page(book, executed.stem, embed_images=True)
 
 
 def page(book, title: str, embed_images: bool = False) -> str:
     """A notebook as an HTML page that needs no network; pictures can be embedded from below the project."""
+    resources = {"metadata": {"name": title, "path": str(ROOT)}}
+    return _exporter(embed_images).from_notebook_node(book, resources=resources)[0]
+
+
+@functools.cache
+def _exporter(embed_images: bool):
+    """nbconvert's exporter, made once: reading its templates takes longer than a page."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(raw_template=TEMPLATE.read_text("utf-8"), embed_images=embed_images)
-    resources = {"metadata": {"name": title, "path": str(ROOT)}}
-    return exporter.from_notebook_node(book, resources=resources)[0]
+    return HTMLExporter(raw_template=TEMPLATE.read_text("utf-8"), embed_images=embed_images)
 
 
 def relink(book, folder: Path) -> None:
@@ -241,14 +221,10 @@ def save() -> None:
     """Execute both notebooks with their defaults in one empty MLflow store and write them back with outputs.
 
     An empty store makes the first registered version number 1, as a reader will see it. A notebook's metadata
-    records what its outputs were made from.
-
-    Raises:
-        NotebookError: when a cell fails; that notebook on disk stays as it was.
+    records what its outputs were made from. One that fails stays as it was.
     """
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
 
     place = {"metadata": {"path": str(ROOT / "notebooks")}}
     settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
@@ -257,10 +233,7 @@ def save() -> None:
         for notebook in NOTEBOOKS.values():
             print(f"Executing {notebook.name} …", flush=True)
             book = nbformat.read(notebook, as_version=4)
-            try:
-                NotebookClient(book, **settings, config=_encrypted()).execute(env=own)
-            except CellExecutionError as error:
-                raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
+            NotebookClient(book, **settings, config=ENCRYPTED).execute(env=own)
             # The outputs do not depend on the patch release.
             book.metadata.language_info.pop("version", None)
             book.metadata["made_from"] = fingerprint(book)

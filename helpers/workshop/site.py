@@ -1,4 +1,4 @@
-"""The small static site: both notebooks and the guides as nbconvert's pages, to be read without a network."""
+"""The small static site: the saved notebooks and the guides as nbconvert's pages, for reading offline."""
 
 from __future__ import annotations
 
@@ -34,12 +34,10 @@ PAGES = {
 }
 
 
-def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -> Path:
+def build(output: Path = ROOT / "out" / "site") -> Path:
     """Write the site, after all links have been looked at.
 
     Args:
-        executed: folder of a headless run; a notebook that ran there as it stands now, with its defaults
-            and without an error, is shown as it ran, otherwise as it was saved in the project.
         output: the site's folder; pages that are there are written over.
     Returns:
         Its first page.
@@ -47,7 +45,7 @@ def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -
         ValueError: for a link or picture that leads nowhere; it names the file that has it.
     """
     copies: dict[str, Path] = {}
-    pages = {name: _page(source, executed, copies) for source, (name, _) in PAGES.items()}
+    pages = {name: _page(source, copies) for source, (name, _) in PAGES.items()}
     for copy, original in copies.items():
         (output / copy).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, output / copy)
@@ -56,12 +54,12 @@ def build(executed: Path = ROOT / "out", output: Path = ROOT / "out" / "site") -
     return output / "index.html"
 
 
-def _page(source: str, executed: Path, copies: dict[str, Path]) -> str:
+def _page(source: str, copies: dict[str, Path]) -> str:
     """The HTML of a page. Other files that it links to are added to `copies`: address in the site → file."""
     from bs4 import BeautifulSoup
     from nbformat import v4
 
-    book = _book(ROOT / source, executed)
+    book = _book(ROOT / source)
     menu = [f"[{label}]({os.path.relpath(name, Path(source).parent)})" for name, (_, label) in PAGES.items()]
     book.cells.insert(0, v4.new_markdown_cell(" · ".join(menu)))
     soup = BeautifulSoup(notebooks.page(book, PAGES[source][1]), "html.parser")
@@ -78,22 +76,14 @@ def _page(source: str, executed: Path, copies: dict[str, Path]) -> str:
     return str(soup)
 
 
-def _book(source: Path, executed: Path) -> NotebookNode:
+def _book(source: Path) -> NotebookNode:
     """A page as a notebook: a Markdown file is one of one cell."""
     import nbformat
     from nbformat import v4
 
     if source.suffix == ".md":
         return v4.new_notebook(cells=[v4.new_markdown_cell(source.read_text("utf-8"))])
-    saved = nbformat.read(source, as_version=4)
-    if (executed / source.name).exists():
-        ran = nbformat.read(executed / source.name, as_version=4)
-        outputs = [output for cell in ran.cells for output in cell.get("outputs", ())]
-        # papermill puts given parameters into a cell of their own, so these differ, too.
-        same = [cell.source for cell in ran.cells] == [cell.source for cell in saved.cells]
-        if same and not any(output.output_type == "error" for output in outputs):
-            return ran
-    return saved
+    return nbformat.read(source, as_version=4)
 
 
 def _address(address: str, source: str, copies: dict[str, Path]) -> str:

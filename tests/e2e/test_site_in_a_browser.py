@@ -16,8 +16,7 @@ PAGES = [name for name, _ in site.PAGES.values()]
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> str:
     """Where the site's folder is, as a browser sees it: plain files, no server."""
-    place = tmp_path_factory.mktemp("site")
-    return site.build(executed=place, output=place / "site").parent.as_uri()
+    return site.build(tmp_path_factory.mktemp("site")).parent.as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,6 @@ class HeadlessRun:
         folder: for notes.
         arguments: of the command.
         output: folder of the executed notebooks.
-        temporary: the folder for temporary files; None makes one.
         prefix: a command to put in front, such as `unshare`.
         variables: of the environment.
     """
@@ -67,13 +66,12 @@ class HeadlessRun:
         store: str,
         fault: Fault | None = None,
         output: Path | None = None,
-        temporary: Path | None = None,
         prefix: tuple[str, ...] = (),
         **variables: str,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.output = output or folder / "out"
-        self.temporary = temporary or Path(tempfile.mkdtemp(prefix="f-"))
+        self.temporary = Path(tempfile.mkdtemp(prefix="f-"))
         self.note = folder / "struck.json"
         self.mark = f"fault-{folder}"
         environment = os.environ | {"TMPDIR": str(self.temporary), "FAULT_MARK": self.mark} | variables
@@ -89,7 +87,7 @@ class HeadlessRun:
                 "FAULT_NOTE": str(self.note),
             }
         # fmt: off
-        command = [*prefix, sys.executable, "-m", "helpers", "run", *arguments, *TINY,
+        command = [*prefix, sys.executable, "-m", "helpers", "run", *TINY, *arguments,
                    "-p", "tracking_uri", store, "--output", str(self.output)]
         # fmt: on
         self.logs = [folder / "stdout.txt", folder / "stderr.txt"]
@@ -111,7 +109,7 @@ class HeadlessRun:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def end(self, timeout: float = 1800, keep_temporary: bool = False) -> Ended:
+    def end(self, timeout: float = 1800) -> Ended:
         """Wait for the command to end, give what it started some seconds to follow, and count the rest."""
         try:
             code = self.process.wait(timeout)
@@ -124,10 +122,9 @@ class HeadlessRun:
             error=error.strip().splitlines()[-1] if error.strip() else "",  # papermill's bar stands before it
             struck=json.loads(self.note.read_text("utf-8")) if self.note.exists() else {},
             processes=self._left_processes(),
-            files=sorted(path.name for path in [*self.temporary.iterdir(), *self.output.glob(".*.tmp-*")]),
+            files=sorted(path.name for path in [*self.temporary.iterdir(), *self.output.glob(".*.tmp")]),
         )
-        if not keep_temporary:
-            shutil.rmtree(self.temporary)
+        shutil.rmtree(self.temporary)
         return ended
 
     def _left_processes(self, seconds: float = 120) -> list[str]:

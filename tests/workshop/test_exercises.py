@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import papermill
 import pytest
 
-from helpers.workshop import checking, editions, exercises, notebooks
+from helpers.workshop import editions, exercises, notebooks
 
 # What a learner might write, what the check says is wrong, and the hint (each in part).
 FIRST_HINT = {  # while nothing is written
@@ -106,56 +105,25 @@ _SCORE = (
 _PEEK = "def peek(stream, count):\n    {}"
 _SMALLEST = "def smallest(table, max_drop, max_kl):\n    return {}"
 ATTEMPTS = [
-    ("1.1", "del tell", "there is no `tell`", "what the check looks for"),
-    ("1.1", "tell = None", "`tell` is still empty", FIRST_HINT["1.1"]),
-    ("1.1", "tell = 'Madrid'", "this is 'Madrid'", "Start with `def`"),
-    ("1.1", "def tell(question): return ''", "raised TypeError: tell() takes 1", FIRST_HINT["1.1"]),
-    (
-        "1.1",
-        _TELL.format("return chatbott(question)"),
-        "raised NameError: name 'chatbott'",
-        FIRST_HINT["1.1"],
-    ),
-    (
-        "1.1",
-        _TELL.format(f"return {_ASK.format(False)}{_TEXT}"),
-        "seeds 1, 2 and 3 all gave",
-        "do_sample=True",
-    ),
+    ("1.1", "del tell", "there is no `tell`", "Run the cells above"),
+    ("1.1", "tell = ...", "`tell` is still empty", FIRST_HINT["1.1"]),
+    ("1.1", "def tell(question): return ''", "it raised TypeError: tell() takes 1", FIRST_HINT["1.1"]),
+    ("1.1", _TELL.format(f"return {_ASK.format(False)}{_TEXT}"), "2 and 3 all gave", "do_sample=True"),
     ("1.1", _TELL.format(f"return {_ASK.format(True)}{_TEXT}"), "seed 1 gave", "Set the seed inside `tell`"),
-    (
-        "1.1",
-        _TELL.format(f"transformers.set_seed(5)\n    return {_ASK.format(True)}{_TEXT}"),
-        "seeds 1, 2 and 3 all gave",
-        "Is it the seed given?",
-    ),
-    ("1.1", _TELL.format(f"return {_ASK.format(True)}"), "of type list, not str", "content"),
+    ("1.1", _TELL.format(f"return {_ASK.format(True)}"), "which is no text", "content"),
     ("1.1", _TELL.format("return 'once ' * 17"), "17 words, so more than 16 tokens", "max_new_tokens=16"),
-    ("1.2", "best_run = runs.run_id[0]", "8 of 8 runs have no metric", "Loop over `runs`"),
-    (
-        "1.2",
-        _WORDS.format("1e9", "runs.run_id[0]"),
-        "has 1e+09 words per second, but",
-        "divide by the metric",
-    ),
-    ("1.2", _WORDS.format(_RIGHT_WORDS, "runs"), "of type DataFrame, not str", "column run_id"),
-    ("1.2", "best_run = study.info.run_id", "none of the study's 8 runs", "Search with the filter"),
+    ("1.2", "best_run = runs.run_id[0]", "tokens' is None, and should be", "divide the words"),
+    ("1.2", _WORDS.format(_RIGHT_WORDS, "runs"), "is none of the 8 ids", "Search with the filter"),
     (
         "1.2",
         "rates = [r.data.metrics['words_per_second'] for r in map(mlflow.get_run, runs.run_id)]\n"
         "best_run = runs.run_id[rates.index(min(rates))]",
-        "words per second; another run has",
+        "words per second, and another has",
         "DESC",
     ),
     ("1.3", _MOVE.format(f"{_SET}; return True"), "is at version 1, not at none", "inside an `if`"),
-    (
-        "1.3",
-        _MOVE.format("return False"),
-        "the alias is at version none, not at 1",
-        "chosen.messages(question)",
-    ),
+    ("1.3", _MOVE.format("return False"), "alias is at version none, not at 1", "chosen.messages(question)"),
     ("1.3", _MOVE.format("return 'no'"), "it returned 'no'", "Return False"),
-    ("1.3", _GATE.replace("return moves", "return 'moved' if moves else False"), "'moved'", "Return True"),
     (
         "1.3",
         "other = mlflow.register_model(model_info.model_uri, 'slm-transformers')\n"
@@ -163,9 +131,7 @@ ATTEMPTS = [
         "the alias is at version 2, not at 1",
         "set the alias to `number`",
     ),
-    ("1.3", _MOVE.format("return mlflow.pyfunc.load_model('models:/nobody/1')"), "raised", "Load f'models:"),
-    ("1.4", f"slowest = {_TRACES.format(_MINE)}[0]", "of type Trace, not str", "trace.info.trace_id"),
-    ("1.4", "slowest = 'tr-0'", "'tr-0' is none of the 3 traces", "Filter by the tag that `chat` sets"),
+    ("1.4", f"slowest = {_TRACES.format(_MINE)}[0]", "is none of the 3 ids", "the tag that `chat` sets"),
     (
         "1.4",
         "with mlflow.start_span('slow'):\n"
@@ -173,23 +139,15 @@ ATTEMPTS = [
         "    mlflow.update_current_trace(tags={'model_version': f'{version.name}/{version.version}'})\n"
         "mlflow.flush_trace_async_logging()\n"
         "slowest = " + _TRACES.format(_MINE + ", order_by=['execution_time_ms']") + "[0].info.trace_id",
-        "ms; another trace of this version took",
+        "ms, and another has",
         "DESC",
     ),
-    ("2.1", "better_model = 7", "is 7, which is not the path of a file", "exercises.own_file"),
-    ("2.1", "better_model = 'nowhere.py'", "'nowhere.py', which is not the path of a file", "%%writefile"),
+    ("2.1", "better_model = 'nowhere.py'", "it raised FileNotFoundError", "%%writefile"),
     (
         "2.1",
         "better_model = my_model",
         "`MyModel` has no `predict_stream`, and its `predict` takes no",
         "Copy",
-    ),
-    ("2.1", _BETTER.format("better = ("), "running the file raised SyntaxError", "from its first line"),
-    (
-        "2.1",
-        "better_model = exercises.own_file('attempt.py')\nPath(better_model).write_text('x = 1')",
-        "the file does not say what is its model",
-        "class MyModel(mlflow.pyfunc.PythonModel)",
     ),
     (
         "2.1",
@@ -217,22 +175,6 @@ ATTEMPTS = [
         "2.1",
         better(
             _WITH_PARAMS,
-            "stop=(), seed=None",
-            _STOPS.replace("if mark and mark in text", "if len(mark) == 1 and mark in text"),
-        ),
-        "gave",
-        "Look for it in all of the answer so far",
-    ),
-    (
-        "2.1",
-        better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED.replace(" if seed is not None else {}", "")),
-        "raised",
-        "Copy",
-    ),
-    (
-        "2.1",
-        better(
-            _WITH_PARAMS,
             "seed=None, stop=()",
             _SEEDED.replace(
                 '{"random_seed": seed, "do_sample": True} if seed is not None else {}', '{"do_sample": True}'
@@ -244,7 +186,7 @@ ATTEMPTS = [
     (
         "2.1",
         better(_WITH_PARAMS, "seed=None, stop=()", _SEEDED.replace('"random_seed": seed, ', "")),
-        " and then ",
+        "seeds 1, 2, 1 and 3 gave",
         "random_seed=seed",
     ),
     (
@@ -252,12 +194,6 @@ ATTEMPTS = [
         better(_WITH_STREAM, "yield self.tokenizer.decode(list(self.tokens(prompt)))"),
         "the stream gave [",
         "In the loop",
-    ),
-    (
-        "2.1",
-        better(_WITH_STREAM, "for token in self.tokens(prompt): yield int(token)"),
-        "the stream gave [",
-        "create_stream()",
     ),
     ("2.2", _SCORE.format("ask(table, 6)"), "a row with a limit of 2 tokens got", "Each row's own limit"),
     (
@@ -268,42 +204,16 @@ ATTEMPTS = [
         "not in the order of the rows",
         "Put each group's answers at its rows' places",
     ),
-    (
-        "2.2",
-        _SCORE.format("[ask(table.iloc[[n]], limit)[0] for n, limit in enumerate(table['max_new_tokens'])]"),
-        "3 limits took 5 calls",
-        FIRST_HINT["2.2"],
-    ),
     ("2.2", _SCORE.format("ask(table[:1], 6)"), "5 rows went in and 1 answers came out", FIRST_HINT["2.2"]),
-    ("2.2", _SCORE.format("ask(table, 6)[0]"), "returned a str", "Return a list"),
-    (
-        "2.3",
-        _PEEK.format("return ''.join(list(stream)[:count])"),
-        "pieces were asked for and",
-        "take too many",
-    ),
-    (
-        "2.3",
-        _PEEK.format("return ''.join(piece for piece, _ in zip(stream, range(count)))"),
-        "pieces were asked for and",
-        "itertools.islice does not",
-    ),
+    ("2.3", _PEEK.format("return ''.join(list(stream)[:count])"), "3 pieces were asked for", "too many"),
     (
         "2.3",
         _PEEK.format("return ''.join(next(stream) for _ in range(count))"),
         "the stream is still open",
         "contextlib.closing(stream)",
     ),
-    (
-        "2.3",
-        _PEEK.format(
-            "pieces = [next(stream) for _ in range(count)]; stream.close(); return ' '.join(pieces)"
-        ),
-        "the first 3 of the pieces make 'Once upon a ', and `peek` returned ",
-        "Join the pieces",
-    ),
-    ("2.4", "cities_schema = '[]'", "of type str, not dict", "Write the schema as a dict"),
-    ("2.4", "cities_schema = {'type': 'aray'}", "this is no JSON schema", FIRST_HINT["2.4"]),
+    ("2.3", _PEEK.format("return next(stream)"), "and `peek` returned 'Once '", "Join the pieces"),
+    ("2.4", "cities_schema = {'type': 'aray'}", "it raised SchemaError", FIRST_HINT["2.4"]),
     ("2.4", "cities_schema = {'type': 'object'}", "it does not allow ['Rome'", FIRST_HINT["2.4"]),
     ("2.4", "cities_schema = {'type': 'array'}", "it also allows two cities", "minItems"),
     ("2.4", "cities_schema = {'type': 'array', 'minItems': 3}", "it also allows four cities", "maxItems"),
@@ -326,32 +236,11 @@ ATTEMPTS = [
         "maxLength",
     ),
     (
-        "2.4",
-        "cities_schema = {'type': 'array', 'minItems': 3, 'maxItems': 3, 'uniqueItems': True,\n"
-        "                 'items': {'type': 'string', 'maxLength': 20}}",
-        "the model refused it: ",
-        FIRST_HINT["2.4"],
-    ),
-    ("2.5", _SMALLEST.format("table['size_mb'].idxmin()"), "it chose", "Take the least size_mb"),
-    (
-        "2.5",
-        _SMALLEST.format("evaluation.gate(table, max_kl=max_kl).query('passes')['size_mb'].idxmin()"),
-        "with max_drop=0.4 and max_kl=2.0 it chose",
-        "evaluation.gate(table, max_drop, max_kl)",
-    ),
-    (
         "2.5",
         _SMALLEST.format("evaluation.gate(table, max_drop).query('passes')['size_mb'].idxmin()"),
         "with max_drop=0.4 and max_kl=2.0 it chose",
         "evaluation.gate(table, max_drop, max_kl)",
     ),
-    (
-        "2.5",
-        _SMALLEST.format("evaluation.gate(table, max_drop, max_kl).query('passes')['size_mb'].idxmax()"),
-        "passes with",
-        "Take the least size_mb",
-    ),
-    ("2.5", _SMALLEST.format("evaluation.gate(table, max_drop, max_kl)"), "it returned", "Return a name: "),
 ]
 
 
@@ -410,7 +299,7 @@ def test_with_the_solution_put_back_the_check_passes_with_one_line(number, print
 def test_each_of_the_three_things_solves_the_exercise(place, kind, printed):
     said = printed[f"right-{place}"]
     assert said.startswith("✓ Exercise 2.1 is solved: ")
-    words = {"a stop text": "before a stop text", "a seed": "equal seeds", "a stream": "a stream of"}
+    words = {"a stop text": "before the stop text", "a seed": "equal seeds", "a stream": "a stream of"}
     assert words[kind] in said
 
 
@@ -457,58 +346,29 @@ def silenced(onnx: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("folder", ["plain", "with space", "Übung 日本", "50% off", "it's", "a{b}c", "$HOME"])
-def test_a_learners_file_is_written_wherever_the_project_lies(folder, tmp_path, monkeypatch, capsys):
+def test_a_learners_file_is_written_wherever_the_project_lies(tmp_path, monkeypatch, capsys):
     """By the notebook's own line, from another working directory, as IPython does it."""
     from IPython.core.interactiveshell import InteractiveShell
 
-    (tmp_path / folder).mkdir()
+    project = tmp_path / "it's 50% of a{b}c in $HOME, Übung 日本"
+    project.mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(exercises, "ROOT", tmp_path / folder)
+    monkeypatch.setattr(exercises, "ROOT", project)
     shell = InteractiveShell()
     shell.user_ns["my_model"] = exercises.own_file("my_model.py")
     assert shell.run_cell('%%writefile "{my_model}"\nname = "{ö} $HOME %"\n').success
-    written = tmp_path / folder / "out" / "my_model.py"
-    assert written.read_text(encoding="utf-8") == 'name = "{ö} $HOME %"\n'
+    assert (project / "out" / "my_model.py").read_text(encoding="utf-8") == 'name = "{ö} $HOME %"\n'
     assert str(tmp_path) not in capsys.readouterr().out
 
 
-def test_a_learners_file_goes_to_a_folder_of_its_own_where_the_project_cannot_be_written(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "out").write_text("no folder can be made here", encoding="utf-8")
-    monkeypatch.setattr(exercises, "ROOT", tmp_path)
-    file = Path(exercises.own_file("my_model.py"))
-    file.write_text("x = 1", encoding="utf-8")
-    assert file.resolve().parent != tmp_path
-    shutil.rmtree(file.parent)
-
-
-def test_with_one_candidate_there_is_nothing_to_choose_from(capsys):
-    table = pd.DataFrame({"accuracy": [0.7], "tokens_per_second": [9.0], "size_mb": [131.0]}, index=["int4"])
-    exercises.check_smallest({"smallest": lambda table, max_drop: "int4", "table": table})
-    said = capsys.readouterr().out
-    assert said.startswith("– Exercise 2.5 was not checked: only one candidate was measured")
-
-
 def test_a_check_that_cannot_go_on_is_a_verdict_as_well(capsys):
-    @checking.exercise("9.9", "Look again.")
+    @exercises.exercise("9.9", "Look again.")
     def check(answer):
         """Any."""
         raise OSError("the store\nis gone")
 
     check({"answer": 1})
     assert capsys.readouterr().out == (
-        "✗ Exercise 9.9, not yet: the check stopped with OSError: the store is gone\n  Hint: Look again.\n"
+        "✗ Exercise 9.9, not yet: it raised OSError: the store is gone\n  Hint: Look again.\n"
     )
-
-
-def test_what_cannot_be_judged_here_is_neither_right_nor_wrong(capsys):
-    @checking.exercise("9.9", "Look again.")
-    def check(answer):
-        """Any."""
-        raise checking.NotChecked("it needs a server.")
-
-    check({"answer": 1})
-    assert capsys.readouterr().out == "– Exercise 9.9 was not checked: it needs a server.\n"

@@ -1,12 +1,14 @@
 """The static site: links that work, nothing from elsewhere, and pages that do not need eyes."""
 
+import contextlib
+import io
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
@@ -21,9 +23,13 @@ EXTERNAL = re.compile(r"^(https?:)?//")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The site made of the saved notebooks."""
+    """The site that the command makes of the saved notebooks."""
     place = tmp_path_factory.mktemp("site")
-    return site.build(executed=place / "nothing ran here", output=place / "site").parent
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(site.build, "__defaults__", (place / "site",))
+        assert main(["site"]) == 0
+    assert said.getvalue() == f"Read it: {os.path.relpath(place / 'site' / 'index.html')}\n"
+    return place / "site"
 
 
 @pytest.fixture(scope="module")
@@ -106,39 +112,6 @@ def test_figures_are_described_and_pages_say_their_language(pages):
     assert figures >= 5
 
 
-def as_it_is(book):
-    """The notebook as it was saved."""
-
-
-def that_stopped(book):
-    book.cells[1].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]))
-
-
-def with_parameters(book):
-    given = nbformat.v4.new_code_cell("max_new_tokens = 9", metadata={"tags": ["injected-parameters"]})
-    book.cells.insert(4, given)
-
-
-def of_long_ago(book):
-    book.cells[-1].source += "\nA sentence that has gone since."
-
-
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [(as_it_is, True), (that_stopped, False), (with_parameters, False), (of_long_ago, False)],
-)
-def test_a_run_of_the_notebook_as_it_is_is_shown_and_any_other_gives_way_to_the_saved_one(
-    change, shown, tmp_path
-):
-    path = notebooks.NOTEBOOKS["01"]
-    book = nbformat.read(path, as_version=4)
-    book.cells[1].outputs = [nbformat.v4.new_output("stream", text="printed by the run")]
-    change(book)
-    nbformat.write(book, tmp_path / path.name)
-    page = site.build(executed=tmp_path, output=tmp_path / "site").with_name("01_TransformerPipeline.html")
-    assert ("printed by the run" in page.read_text("utf-8")) == shown
-
-
 def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, monkeypatch):
     project = tmp_path / "project"
     project.mkdir()
@@ -149,11 +122,5 @@ def test_a_link_that_leads_nowhere_is_named_and_the_old_site_stays(tmp_path, mon
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("the old one", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md links to 'PLAN\.md', which is no file"):
-        site.build(executed=tmp_path, output=tmp_path / "site")
+        site.build(tmp_path / "site")
     assert (tmp_path / "site" / "index.html").read_text("utf-8") == "the old one"
-
-
-def test_the_command_says_where_to_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(site.build, "__defaults__", (tmp_path, tmp_path / "site"))
-    assert main(["site"]) == 0
-    assert capsys.readouterr().out.strip().endswith("index.html")

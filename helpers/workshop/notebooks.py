@@ -80,11 +80,11 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
     Returns:
         The HTML pages, in order.
     Raises:
-        ValueError: if `output` holds another notebook by the name of one of them; nothing is touched then.
+        ValueError: if `output` holds another file by the name of one of them; nothing is touched then.
         NotebookError: when the model's files cannot be had; when a cell fails, the executed copy up to that
             cell is kept for reading.
     """
-    written.prepare([output / path.name for path in chosen])
+    written.prepare([output / f"{path.stem}{suffix}" for path in chosen for suffix in (".ipynb", ".html")])
     return [_produce(path, values, output) for path, values in chosen.items()]
 
 
@@ -102,6 +102,8 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     # MLflow writes a whole model to the temporary folder, and the system's own is in memory on many machines.
     folder = output.resolve() / f".{notebook.stem}.tmp"
     with held, processes.variables(TMPDIR=str(folder)):
+        # Minutes may have passed since the first look.
+        written.prepare([executed, html])
         for earlier in (executed, html):
             earlier.unlink(missing_ok=True)
         # A run that was killed may have left its own.
@@ -113,7 +115,7 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
         finally:
             _keep(folder / notebook.name, executed)
             shutil.rmtree(folder, ignore_errors=True)
-        html.write_text(_html(executed), encoding="utf-8")
+        html.write_text(written.stamped(_html(executed)), encoding="utf-8")
     return html
 
 

@@ -1,6 +1,6 @@
-"""A command writes over a notebook only if a command wrote it and nobody has changed its cells since.
+"""A command writes over a file only if a command wrote it and nobody has changed it since.
 
-Such a notebook carries a digest of its cells and their outputs in its metadata.
+A notebook carries a digest of its cells and their outputs in its metadata, a page one in its last line.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ def stamp(book: NotebookNode) -> None:
     book.metadata[KEY] = _digest(book)
 
 
+def stamped(page: str) -> str:
+    """Return an HTML page with a last line that says that a command wrote it."""
+    # A file's text is read with these line ends; a model may write any.
+    page = page.replace("\r\n", "\n").replace("\r", "\n")
+    return f"{page}\n<!-- {KEY} {hashlib.sha256(page.encode()).hexdigest()} -->\n"
+
+
 def prepare(files: Collection[Path]) -> None:
-    """Make the folders of the notebooks that a command will write.
+    """Make the folders of the notebooks and pages that a command will write.
 
     Raises:
         ValueError: if one of them is there and is somebody's work, and nothing has been made then; also if a
             folder cannot be had.
     """
     for path in files:
-        if os.path.exists(path) and not _is_own(path):
+        if os.path.lexists(path) and not _is_own(path):
             raise ValueError(
                 f"{os.path.relpath(path)} has been worked in, or was not written by this project. "
                 "Move it away, or name another folder with --output."
@@ -41,24 +48,31 @@ def prepare(files: Collection[Path]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, unless it is there; a ValueError says why that is impossible."""
+    """Make a folder that can be written in, unless it is there; a ValueError says why that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror
-        raise ValueError(
-            f"{str(folder)!r} cannot be used as a folder ({reason}). Name another with --output."
-        ) from None
+    else:
+        if os.access(folder, os.W_OK):
+            return
+        reason = "Permission denied"
+    raise ValueError(f"{str(folder)!r} cannot be used as a folder ({reason}). Name another with --output.")
 
 
 def _is_own(path: Path) -> bool:
     import nbformat
 
-    try:
-        book = nbformat.read(path, as_version=4)
-    except (OSError, ValueError):  # a folder, or not a notebook
+    if path.is_symlink() or not path.is_file():
         return False
-    return book.metadata.get(KEY) == _digest(book)
+    try:
+        if path.suffix == ".html":
+            text = path.read_text(encoding="utf-8")
+            return text == stamped(text.rpartition("\n<!-- ")[0])
+        book = nbformat.read(path, as_version=4)
+        return book.metadata.get(KEY) == _digest(book)
+    except (ValueError, AttributeError):  # neither a text nor a notebook
+        return False
 
 
 def _digest(book: NotebookNode) -> str:

@@ -248,6 +248,19 @@ def a_text(path):
     path.write_bytes("Käse".encode("latin-1"))
 
 
+def a_link_by_its_name(path):
+    path.rename(path.with_suffix(".kept"))
+    path.symlink_to(path.with_suffix(".kept"))
+
+
+def no_notebook(path):
+    path.write_text("[]", encoding="utf-8")
+
+
+def a_saved_page(path):
+    path.write_text(path.read_text(encoding="utf-8").replace("a run", "my run"), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> tuple[Path, Path]:
     """A small notebook, and the folder of a run of it."""
@@ -333,13 +346,21 @@ def test_a_second_run_into_the_same_folder_waits_for_the_first(executed, tmp_pat
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("change", [a_folder_by_its_name, a_text, an_added_cell, another_output])
-def test_nothing_but_an_earlier_runs_own_notebook_is_written_over(change, executed, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        *((change, "page.ipynb") for change in (an_added_cell, another_output, a_text, no_notebook)),
+        *((change, "page.html") for change in (a_saved_page, a_text)),
+        *((a_folder_by_its_name, name) for name in ("page.ipynb", "page.html")),
+        *((a_link_by_its_name, name) for name in ("page.ipynb", "page.html")),
+    ],
+)
+def test_nothing_but_an_earlier_runs_own_file_is_written_over(change, name, executed, tmp_path):
     source, out = executed
     shutil.copytree(out, tmp_path / "out")
-    change(tmp_path / "out" / source.name)
+    change(tmp_path / "out" / name)
     before = everything_in(tmp_path)
-    with pytest.raises(ValueError, match=r"page.ipynb has been worked in, or was not written by this"):
+    with pytest.raises(ValueError, match=rf"{name} has been worked in, or was not written by this"):
         notebooks.run({source: {}}, tmp_path / "out")
     assert everything_in(tmp_path) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -35,9 +36,10 @@ A folder marked "not run" has every package that its kind of laptop needs, by th
 nothing was installed from it. Try it on one such laptop.
 
 1. Copy the project to the laptop, and the folder weights of this kit into the project.
-2. In the project's folder, with a folder from above in place of FOLDER:
-     Linux, macOS   make run WHEELHOUSE=FOLDER PARAMS="-p offline True"
-     Windows        set WHEELHOUSE=FOLDER
+2. In the project's folder, with the path of a folder from above in place of FOLDER, and its Python:
+     Linux, macOS   make run WHEELHOUSE=FOLDER PYTHON=python3.12 PARAMS="-p offline True"
+     Windows, in a Command Prompt (not in PowerShell)
+                    set WHEELHOUSE=FOLDER
                     py -3.12 -m helpers setup
                     .venv\\Scripts\\python -m helpers run -p offline True
 3. `make doctor` (Windows: .venv\\Scripts\\python -m helpers doctor) ends with "Everything needed is here."
@@ -161,6 +163,8 @@ def _download(target: Target, folder: Path, wanted: list[str], *options: str) ->
     python = ["--implementation", "cp", "--python-version", f"{target.python}.99"]
     done = subprocess.run(
         [*command, *python, *tags, "--dest", folder, *options, *wanted],
+        # The lock has every version; pip (26) reports a wheel that constraints name and nobody has as a conflict.
+        env=os.environ | {"PIP_CONSTRAINT": os.devnull},
         capture_output=True,
         encoding="utf-8",
         errors="replace",

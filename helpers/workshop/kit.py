@@ -163,7 +163,8 @@ def _download(target: Target, folder: Path, wanted: list[str], *options: str) ->
     python = ["--implementation", "cp", "--python-version", f"{target.python}.99"]
     done = subprocess.run(
         [*command, *python, *tags, "--dest", folder, *options, *wanted],
-        # The lock has every version; pip (26) reports a wheel that constraints name and nobody has as a conflict.
+        # The lock has every version. Where this machine's constraints name a package too, pip (26) calls its
+        # missing wheel a conflict.
         env=os.environ | {"PIP_CONSTRAINT": os.devnull},
         capture_output=True,
         encoding="utf-8",

@@ -74,7 +74,7 @@ def test_a_kit_sets_up_a_laptop_without_a_network(cut_off, tmp_path, capsys):  #
 
 @pytest.mark.command
 def test_a_package_without_a_wheel_is_named(tmp_path, monkeypatch):
-    """The real pip asks an empty folder, which has no wheel of anything. The teacher's constraints change nothing."""
+    """The real pip asks an empty folder. What constraints its settings name changes nothing."""
     (tmp_path / "index").mkdir()
     (tmp_path / "constraints.txt").write_text("pywinpty<9\n", encoding="utf-8")
     monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))

@@ -17,7 +17,8 @@ from helpers.workshop import wheelhouse
 
 # README asks for glibc 2.28 or newer.
 MANYLINUX = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010"]
-# Name → system and processor as Python calls them, the markers' sys_platform and os_name, pip's platforms.
+MARKERS = ("platform_system", "platform_machine", "sys_platform", "os_name")  # as PEP 508 names them
+# Name → the values of MARKERS, and the tags of the wheels that it takes, as pip names them.
 SYSTEMS = {
     "linux-x86_64": ("Linux", "x86_64", "linux", "posix", [f"{tag}_x86_64" for tag in MANYLINUX]),
     "linux-aarch64": ("Linux", "aarch64", "linux", "posix", [f"{tag}_aarch64" for tag in MANYLINUX]),
@@ -77,12 +78,7 @@ class Target:
 
     def pins(self) -> dict[str, str]:
         """Name → version of what the lock has for this kind of laptop."""
-        name, machine, sys_platform, os_name, _ = SYSTEMS[self.system]
-        markers = {
-            "platform_system": name,
-            "platform_machine": machine,
-            "sys_platform": sys_platform,
-            "os_name": os_name,
+        markers = dict(zip(MARKERS, SYSTEMS[self.system], strict=False)) | {
             "python_version": self.python,
             "python_full_version": f"{self.python}.99",  # a late patch release
             "implementation_name": "cpython",
@@ -157,7 +153,8 @@ def _gather(target: Target, folder: Path) -> list[str]:
 
 def _download(target: Target, folder: Path, wanted: list[str], *options: str) -> str:
     """Let pip fetch the wheels; returns the name of a package that has none, or ""."""
-    tags = [part for tag in SYSTEMS[target.system][4] for part in ("--platform", tag)]
+    *_, accepted = SYSTEMS[target.system]
+    tags = [part for tag in accepted for part in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     # A late patch release: some packages refuse the first ones of a version.
     python = ["--implementation", "cp", "--python-version", f"{target.python}.99"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helpers import ROOT, environment
 from helpers.models import catalog, export, fetch, folders
-from helpers.workshop import wheelhouse
+from helpers.workshop import wheelhouse, written
 
 # README asks for glibc 2.28 or newer.
 MANYLINUX = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010"]
@@ -89,18 +89,20 @@ class Target:
 def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
     """Gather in `output` a folder of wheels for each of `platforms`, the models, a page and checksums.
 
-    What is there already stays, so that a second try goes on.
+    Wheels that are there already stay, so that a second try goes on.
 
     Returns:
         0, or 1 if a package has no wheel for one of them; the page and the output say which.
     Raises:
-        ValueError: for a platform that is not known, or too little disk; before anything is made.
+        ValueError: for a platform that is not known, an `output` that can be no folder, or too little disk;
+            before anything is gathered.
         SystemExit: if pip fails for another reason.
     """
     targets = [Target.parse(text) for text in platforms]
+    written.make_folder(output)
     models = _models()
     size = sum(map(folders.total_size, models)) / 1e6
-    needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output.absolute().parent).free / 1e6
+    needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output).free / 1e6
     print(
         f"{output.name}: models {size:,.0f} MB, wheels about {WHEELS_MB} MB for each of {len(targets)} kinds "
         f"of laptops; {needed:,.0f} MB in all, {free:,.0f} MB are free.",
@@ -112,7 +114,10 @@ def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
         )
     for folder in models:
         copy = output / "weights" / folder.parent.name / folder.name
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        # The large files are read-only, so a copy cannot be written over.
+        if copy.exists():
+            shutil.rmtree(copy)
+        shutil.copytree(folder, copy)
     missing = {target: _gather(target, output / target.folder) for target in targets}
     _write_page(output, missing)
     return 1 if any(missing.values()) else 0

@@ -149,7 +149,7 @@ def test_the_text_has_a_line_for_each_learner(lesson):
 def test_the_page_shows_learners_hints_and_totals_as_text(lesson):
     page = TestClient(board.page(board._connect(lesson)), base_url="http://127.0.0.1").get("/")
     assert page.status_code == 200
-    assert "3 learners, 1 need help." in page.text
+    assert "3 learners, 1 needs help." in page.text
     assert page.text.index("ben") < page.text.index("anna-b") < page.text.index("carla")
     assert "2.5: Keep the &lt;id&gt;." in page.text
     hidden = TestClient(board.page(board._connect(lesson), True), base_url="http://127.0.0.1").get("/").text

@@ -207,23 +207,19 @@ def _totals(learners: list[Learner]) -> dict[str, int]:
 
 
 def _connect(tracking_uri: str) -> MlflowClient:
-    """A client of the classroom's server.
-
-    Raises:
-        ParameterError: if the server does not answer.
-        RuntimeError: if it has no workspaces.
-    """
-    uri = parameters.store(tracking_uri or CLASSROOM, "--tracking-uri")
-    shown = parameters.without_password(uri)
+    """A client of the classroom's server. Raises RuntimeError if there is none, or it has no workspaces."""
     from mlflow import MlflowClient, MlflowException
 
-    client = MlflowClient(uri)
+    uri = (tracking_uri or CLASSROOM).rstrip("/")
     try:
+        processes.answers(uri)  # MLflow's client would try for minutes
+        client = MlflowClient(uri)
         client.list_workspaces()
-    except MlflowException:
+    except (OSError, ValueError, MlflowException) as error:
+        wrong = "it has no workspaces" if isinstance(error, MlflowException) else f"no answer, {error}"
         raise RuntimeError(
-            f"--tracking-uri {shown} is no classroom's server: it has no workspaces. "
-            "Start one with `make classroom`."
+            f"--tracking-uri {parameters.without_password(uri)} is no classroom's server ({wrong}). "
+            "Start one with `make classroom`, or name its address: make board TRACKING_URI=http://192.168.1.20:5000"
         ) from None
     return client
 

@@ -97,9 +97,12 @@ def test_those_who_need_help_come_first_with_most_attempts_on_top():
     assert [row.name for row in rows if row.stuck] == ["ben", "dan"]
 
 
-def test_without_a_classroom_it_says_what_to_start():
-    with pytest.raises(ValueError, match=r"--tracking-uri='http://127\.0\.0\.1:9' does not answer"):
-        board.text("http://127.0.0.1:9")
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///mlflow.db", "teacher.local"])
+def test_without_a_classroom_it_says_what_to_start(uri):
+    with pytest.raises(RuntimeError) as refused:
+        board.text(uri)
+    assert str(refused.value).startswith(f"--tracking-uri {uri} is no classroom's server (no answer, ")
+    assert "`make classroom`" in str(refused.value)
 
 
 # ---- on a classroom's server ----

@@ -155,6 +155,13 @@ class Learner:
         return {number: outcome for number, outcome in self.outcomes.items() if outcome.needs_help}
 
     @property
+    def hint(self) -> str:
+        """The last hint that has not led to a solution, with its exercise; "" if there is none."""
+        tried = [(-one.minutes, number) for number, one in self.outcomes.items() if not one.solved]
+        number = max(tried, default=(0, ""))[1]
+        return f"{number}: {self.outcomes[number].hint}" if number else ""
+
+    @property
     def rank(self) -> tuple:
         """Sorts those who need help to the top, and all others by name."""
         attempts, minutes = max(((one.attempts, one.minutes) for one in self.stuck.values()), default=(0, 0))
@@ -227,12 +234,14 @@ def _connect(tracking_uri: str) -> MlflowClient:
 def text(tracking_uri: str = "", anonymous: bool = False) -> str:
     """The board for a terminal: one line a learner, and one with the totals. Raises as `_connect`."""
     learners = read(_connect(tracking_uri), anonymous)
-    lines = []
+    rows = []
     for learner in learners:
         cells = [f"{number} {learner.outcomes.get(number, '–')}" for number in EXERCISES]
-        lines.append("   ".join([f"{learner.name:<16}", *cells, *(["needs help"] if learner.stuck else [])]))
+        rows.append([learner.name, *cells, "needs help" if learner.stuck else ""])
     totals = [f"{number} {count}" for number, count in _totals(learners).items()]
-    return "\n".join([*lines, "   ".join([f"{f'solved, of {len(learners)}':<16}", *totals])])
+    rows.append([f"solved, of {len(learners)}", *totals, ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def page(client: MlflowClient, anonymous: bool = False) -> FastAPI:

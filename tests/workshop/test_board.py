@@ -97,6 +97,11 @@ def test_those_who_need_help_come_first_with_most_attempts_on_top():
     assert [row.name for row in rows if row.stuck] == ["ben", "dan"]
 
 
+def test_the_last_hint_is_of_what_was_tried_last_and_is_not_solved():
+    assert Learner("anna", {"1.1": MANY, "1.2": TRYING, "1.3": SOLVED}).hint == "1.1: Set the seed."
+    assert Learner("anna", {"1.1": SOLVED}).hint == Learner("zoe", {}).hint == ""
+
+
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///mlflow.db", "teacher.local"])
 def test_without_a_classroom_it_says_what_to_start(uri):
     with pytest.raises(RuntimeError) as refused:
@@ -142,6 +147,7 @@ def test_the_text_has_a_line_for_each_learner(lesson):
     assert [line.split()[0] for line in lines] == ["ben", "anna-b", "carla", "solved,"]
     assert "2.5 ✗ 5, 0 min   needs help" in lines[0]
     assert "1.1 ✓ 3   1.2 –" in lines[1]
+    assert len({line.index("2.5") for line in lines}) == 1  # in columns
     assert "1.1 1   1.2 0" in lines[-1]
     assert [line.split()[0] for line in board.text(lesson, anonymous=True).splitlines()[:3]] == [
         "learner"

@@ -156,10 +156,10 @@ class Learner:
 
     @property
     def hint(self) -> str:
-        """The last hint that has not led to a solution, with its exercise; "" if there is none."""
-        tried = [(-one.minutes, number) for number, one in self.outcomes.items() if not one.solved]
-        number = max(tried, default=(0, ""))[1]
-        return f"{number}: {self.outcomes[number].hint}" if number else ""
+        """The last hint that has not led to a solution, with its exercise; where help is needed, of that one."""
+        tried = self.stuck or {number: one for number, one in self.outcomes.items() if not one.solved}
+        last = max(tried, key=lambda number: (-tried[number].minutes, number), default="")
+        return f"{last}: {tried[last].hint}" if last else ""
 
     @property
     def rank(self) -> tuple:

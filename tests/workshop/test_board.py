@@ -97,8 +97,10 @@ def test_those_who_need_help_come_first_with_most_attempts_on_top():
     assert [row.name for row in rows if row.stuck] == ["ben", "dan"]
 
 
-def test_the_last_hint_is_of_what_was_tried_last_and_is_not_solved():
-    assert Learner("anna", {"1.1": MANY, "1.2": TRYING, "1.3": SOLVED}).hint == "1.1: Set the seed."
+def test_the_last_hint_is_of_what_needs_help_or_else_of_what_was_tried_last():
+    later = Outcome(solved=False, attempts=1, minutes=0, hint="Start with `def`.")
+    assert Learner("anna", {"1.1": SILENT, "1.2": MANY, "1.3": later}).hint == "1.2: Set the seed."
+    assert Learner("anna", {"1.1": SOLVED, "1.2": TRYING, "1.3": later}).hint == "1.3: Start with `def`."
     assert Learner("anna", {"1.1": SOLVED}).hint == Learner("zoe", {}).hint == ""
 
 

@@ -156,7 +156,7 @@ class Learner:
 
     @property
     def hint(self) -> str:
-        """The last hint that led to no solution, with its exercise: of one that needs help, if there is one."""
+        """The last hint that led to no solution, with its exercise; of one that needs help, if any does."""
         tried = self.stuck or {number: one for number, one in self.outcomes.items() if not one.solved}
         last = max(tried, key=lambda number: (-tried[number].minutes, number), default="")
         return f"{last}: {tried[last].hint}" if last else ""

@@ -150,7 +150,7 @@ def test_the_text_has_a_line_for_each_learner(lesson):
     assert "2.5 ✗ 5, 0 min   needs help" in lines[0]
     assert "1.1 ✓ 3   1.2 –" in lines[1]
     assert len({line.index("2.5") for line in lines}) == 1  # in columns
-    assert "1.1 1   1.2 0" in lines[-1]
+    assert "1.1 1 1.2 0" in " ".join(lines[-1].split())
     assert [line.split()[0] for line in board.text(lesson, anonymous=True).splitlines()[:3]] == [
         "learner"
     ] * 3

@@ -155,6 +155,13 @@ class Learner:
         return {number: outcome for number, outcome in self.outcomes.items() if outcome.needs_help}
 
     @property
+    def hint(self) -> str:
+        """The last hint that led to no solution, with its exercise; of one that needs help, if any does."""
+        tried = self.stuck or {number: one for number, one in self.outcomes.items() if not one.solved}
+        last = max(tried, key=lambda number: (-tried[number].minutes, number), default="")
+        return f"{last}: {tried[last].hint}" if last else ""
+
+    @property
     def rank(self) -> tuple:
         """Sorts those who need help to the top, and all others by name."""
         attempts, minutes = max(((one.attempts, one.minutes) for one in self.stuck.values()), default=(0, 0))
@@ -207,23 +214,19 @@ def _totals(learners: list[Learner]) -> dict[str, int]:
 
 
 def _connect(tracking_uri: str) -> MlflowClient:
-    """A client of the classroom's server.
-
-    Raises:
-        ParameterError: if the server does not answer.
-        RuntimeError: if it has no workspaces.
-    """
-    uri = parameters.store(tracking_uri or CLASSROOM, "--tracking-uri")
-    shown = parameters.without_password(uri)
+    """A client of the classroom's server. Raises RuntimeError if there is none, or it has no workspaces."""
     from mlflow import MlflowClient, MlflowException
 
-    client = MlflowClient(uri)
+    uri = (tracking_uri or CLASSROOM).rstrip("/")
     try:
+        processes.answers(uri)  # MLflow's client would try for minutes
+        client = MlflowClient(uri)
         client.list_workspaces()
-    except MlflowException:
+    except (OSError, ValueError, MlflowException) as error:
+        wrong = "it has no workspaces" if isinstance(error, MlflowException) else f"no answer, {error}"
         raise RuntimeError(
-            f"--tracking-uri {shown} is no classroom's server: it has no workspaces. "
-            "Start one with `make classroom`."
+            f"--tracking-uri {parameters.without_password(uri)} is no classroom's server ({wrong}). "
+            "Start one with `make classroom`, or name its address: make board TRACKING_URI=http://192.168.1.20:5000"
         ) from None
     return client
 
@@ -231,12 +234,14 @@ def _connect(tracking_uri: str) -> MlflowClient:
 def text(tracking_uri: str = "", anonymous: bool = False) -> str:
     """The board for a terminal: one line a learner, and one with the totals. Raises as `_connect`."""
     learners = read(_connect(tracking_uri), anonymous)
-    lines = []
+    rows = []
     for learner in learners:
         cells = [f"{number} {learner.outcomes.get(number, '–')}" for number in EXERCISES]
-        lines.append("   ".join([f"{learner.name:<16}", *cells, *(["needs help"] if learner.stuck else [])]))
+        rows.append([learner.name, *cells, "needs help" if learner.stuck else ""])
     totals = [f"{number} {count}" for number, count in _totals(learners).items()]
-    return "\n".join([*lines, "   ".join([f"{f'solved, of {len(learners)}':<16}", *totals])])
+    rows.append([f"solved, of {len(learners)}", *totals, ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def page(client: MlflowClient, anonymous: bool = False) -> FastAPI:

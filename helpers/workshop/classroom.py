@@ -229,6 +229,7 @@ def _instructions(uri: str, folder: Path, host: str) -> str:
     lines = [
         f'Learners set   tracking_uri = "{uri}"   and a name of their own as experiment;',
         f'headless:      make run TRACKING_URI={uri} PARAMS="-p experiment anna"',
+        f"The board:     make board TRACKING_URI={uri}",
         f"Everything is kept in {folder}. Ctrl-C stops the server.",
     ]
     if not processes.is_loopback(host):

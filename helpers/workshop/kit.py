@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 
 from helpers import ROOT, environment
 from helpers.models import catalog, export, fetch, folders
-from helpers.workshop import wheelhouse
+from helpers.workshop import wheelhouse, written
 
 # README asks for glibc 2.28 or newer.
 MANYLINUX = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010"]
-# Name → system and processor as Python calls them, the markers' sys_platform and os_name, pip's platforms.
+MARKERS = ("platform_system", "platform_machine", "sys_platform", "os_name")  # as PEP 508 names them
+# Name → the values of MARKERS, and the tags of the wheels that it takes, as pip names them.
 SYSTEMS = {
     "linux-x86_64": ("Linux", "x86_64", "linux", "posix", [f"{tag}_x86_64" for tag in MANYLINUX]),
     "linux-aarch64": ("Linux", "aarch64", "linux", "posix", [f"{tag}_aarch64" for tag in MANYLINUX]),
@@ -35,9 +37,10 @@ A folder marked "not run" has every package that its kind of laptop needs, by th
 nothing was installed from it. Try it on one such laptop.
 
 1. Copy the project to the laptop, and the folder weights of this kit into the project.
-2. In the project's folder, with a folder from above in place of FOLDER:
-     Linux, macOS   make run WHEELHOUSE=FOLDER PARAMS="-p offline True"
-     Windows        set WHEELHOUSE=FOLDER
+2. In the project's folder, with the path of a folder from above in place of FOLDER, and its Python:
+     Linux, macOS   make run WHEELHOUSE=FOLDER PYTHON=python3.12 PARAMS="-p offline True"
+     Windows, in a Command Prompt (not in PowerShell)
+                    set WHEELHOUSE=FOLDER
                     py -3.12 -m helpers setup
                     .venv\\Scripts\\python -m helpers run -p offline True
 3. `make doctor` (Windows: .venv\\Scripts\\python -m helpers doctor) ends with "Everything needed is here."
@@ -75,12 +78,7 @@ class Target:
 
     def pins(self) -> dict[str, str]:
         """Name → version of what the lock has for this kind of laptop."""
-        name, machine, sys_platform, os_name, _ = SYSTEMS[self.system]
-        markers = {
-            "platform_system": name,
-            "platform_machine": machine,
-            "sys_platform": sys_platform,
-            "os_name": os_name,
+        markers = dict(zip(MARKERS, SYSTEMS[self.system], strict=False)) | {
             "python_version": self.python,
             "python_full_version": f"{self.python}.99",  # a late patch release
             "implementation_name": "cpython",
@@ -91,18 +89,20 @@ class Target:
 def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
     """Gather in `output` a folder of wheels for each of `platforms`, the models, a page and checksums.
 
-    What is there already stays, so that a second try goes on.
+    Wheels that are there already stay, so that a second try goes on.
 
     Returns:
         0, or 1 if a package has no wheel for one of them; the page and the output say which.
     Raises:
-        ValueError: for a platform that is not known, or too little disk; before anything is made.
+        ValueError: for a platform that is not known, an `output` that can be no folder, or too little disk;
+            before anything is gathered.
         SystemExit: if pip fails for another reason.
     """
     targets = [Target.parse(text) for text in platforms]
+    written.make_folder(output)
     models = _models()
     size = sum(map(folders.total_size, models)) / 1e6
-    needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output.absolute().parent).free / 1e6
+    needed, free = size + WHEELS_MB * len(targets), shutil.disk_usage(output).free / 1e6
     print(
         f"{output.name}: models {size:,.0f} MB, wheels about {WHEELS_MB} MB for each of {len(targets)} kinds "
         f"of laptops; {needed:,.0f} MB in all, {free:,.0f} MB are free.",
@@ -114,7 +114,10 @@ def make(platforms: list[str], output: Path = ROOT / "kit") -> int:
         )
     for folder in models:
         copy = output / "weights" / folder.parent.name / folder.name
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        # The large files are read-only, so a copy cannot be written over.
+        if copy.exists():
+            shutil.rmtree(copy)
+        shutil.copytree(folder, copy)
     missing = {target: _gather(target, output / target.folder) for target in targets}
     _write_page(output, missing)
     return 1 if any(missing.values()) else 0
@@ -155,12 +158,16 @@ def _gather(target: Target, folder: Path) -> list[str]:
 
 def _download(target: Target, folder: Path, wanted: list[str], *options: str) -> str:
     """Let pip fetch the wheels; returns the name of a package that has none, or ""."""
-    tags = [part for tag in SYSTEMS[target.system][4] for part in ("--platform", tag)]
+    *_, accepted = SYSTEMS[target.system]
+    tags = [part for tag in accepted for part in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     # A late patch release: some packages refuse the first ones of a version.
     python = ["--implementation", "cp", "--python-version", f"{target.python}.99"]
     done = subprocess.run(
         [*command, *python, *tags, "--dest", folder, *options, *wanted],
+        # The lock has every version. Where this machine's constraints name a package too, pip (26) calls its
+        # missing wheel a conflict.
+        env=os.environ | {"PIP_CONSTRAINT": os.devnull},
         capture_output=True,
         encoding="utf-8",
         errors="replace",

@@ -85,7 +85,10 @@ def check(folder: Path, lock: Path = LOCK) -> None:
     machine, made_from, *lines = (folder / CONTENTS).read_text("utf-8").splitlines()
     this, wanted = made_for(lock)
     if machine != this:
-        raise SystemExit(f"{folder} was made for {machine[2:]}, and this is {this[2:]}. {again}")
+        raise SystemExit(
+            f"{folder} was made for {machine[2:]}, and this is {this[2:]}. Take the folder for this one, or "
+            f"choose the folder's Python: make run PYTHON=python3.12. {again}"
+        )
     if made_from != wanted:
         raise SystemExit(f"{folder} was made from another {lock.name}. {again}")
     names = [line.rpartition("# ")[2] for line in lines]

@@ -10,7 +10,6 @@ import inspect
 import io
 import json
 import math
-import os
 import runpy
 import tempfile
 import uuid
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from helpers import ROOT
+from helpers import ROOT, places
 from helpers.workshop.checking import NotChecked, NotYet, call, exercise, of_type, short
 
 if TYPE_CHECKING:
@@ -384,4 +383,4 @@ def own_file(name: str) -> str:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="own-file-"))
-    return Path(os.path.relpath(folder / name)).as_posix()
+    return places.relative(folder / name)

@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from helpers import ROOT, errors, parameters, processes
+from helpers import ROOT, errors, parameters, places, processes
 from helpers.models import catalog, export, fetch
 from helpers.workshop import written
 
@@ -95,7 +95,7 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting: another run writes {os.path.relpath(executed)}.", flush=True)
+        print(f"Waiting: another run writes {places.relative(executed)}.", flush=True)
         held = lock.acquire()
     with held:
         # Minutes may have passed since the first look.
@@ -138,7 +138,7 @@ def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: P
     from papermill.exceptions import PapermillExecutionError
 
     files = {"input_path": str(notebook), "output_path": str(draft), "cwd": str(ROOT)}
-    until_then = f"What it did until then: {os.path.relpath(executed)}"
+    until_then = f"What it did until then: {places.relative(executed)}"
     try:
         _fetch(notebook, values)
         papermill.execute_notebook(**files, parameters=values, kernel_name="python3", config=_encrypted())
@@ -234,7 +234,7 @@ def relink(book, folder: Path) -> None:
 
 
 def _way_to_root(folder: Path) -> str:
-    return Path(os.path.relpath(ROOT, folder)).as_posix()
+    return places.relative(ROOT, folder)
 
 
 def save() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers import places
+
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
@@ -44,7 +46,7 @@ def prepare(folders: Iterable[Path], files: Iterable[Path], command: str) -> Non
     for path in files:
         if os.path.lexists(path) and not _is_own(path, command):
             raise ValueError(
-                f"{os.path.relpath(path)} has been worked in, or was not written by `{command}`. "
+                f"{places.relative(path)} has been worked in, or was not written by `{command}`. "
                 "Move it away, or name another folder with --output."
             )
     for folder in folders:

@@ -45,7 +45,9 @@ class Recipe:
 
     def post(self, **body: object) -> httpx.Response:
         url = f"{self.gateway}/gateway/mlflow/v1/chat/completions"
-        return httpx.post(url, json={"model": "chat", "messages": QUESTION, "max_tokens": 4} | body, timeout=300)
+        return httpx.post(
+            url, json={"model": "chat", "messages": QUESTION, "max_tokens": 4} | body, timeout=300
+        )
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,10 @@ def _settings() -> dict[str, object]:
 
 def _variables(master: str) -> dict[str, str]:
     """The environment that Spark starts with."""
-    # Without it, workers run the first python3 on PATH.
     here = master.startswith("local")
-    chosen = {"PYSPARK_PYTHON": sys.executable if here else os.environ.get("PYSPARK_PYTHON", sys.executable)}
+    elsewhere = None if here else os.environ.get("PYSPARK_PYTHON")
+    # Without it, workers run the first python3 on PATH.
+    chosen = {"PYSPARK_PYTHON": elsewhere or sys.executable}
     if here or processes.is_loopback(re.sub(r"\w+://|:\d+.*", "", master)):
         chosen["SPARK_LOCAL_IP"] = "127.0.0.1"
     return chosen
@@ -88,7 +89,7 @@ def _wait_for_worker(session: SparkSession, master: str) -> None:
             work.result(WORKER_SECONDS)
         except Exception as error:
             session.stop()
-            reason = error if not isinstance(error, TimeoutError) else f"none within {WORKER_SECONDS} s"
+            reason = f"none within {WORKER_SECONDS} s" if isinstance(error, TimeoutError) else error
             raise RuntimeError(
                 f"No worker of {master} took work: {reason}. The page of the master lists its workers; one "
                 "needs a free core and 1 GB of memory. With spark=True this machine does the work."

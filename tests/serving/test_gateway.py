@@ -42,13 +42,10 @@ class Recipe:
     endpoint: str
     gateway: str
 
-    def make_endpoint(self, **changes: str) -> None:
-        """Run the recipe's Python with these servers, and other names or values."""
-        changes |= {
-            "http://127.0.0.1:8000": self.endpoint,
-            "http://127.0.0.1:5000": self.gateway,
-            "a-key": KEY,
-        }
+    def make_endpoint(self, changes: dict[str, str]) -> None:
+        """Run the recipe's Python with these servers, and with other names or values."""
+        changes |= {"http://127.0.0.1:8000": self.endpoint, "http://127.0.0.1:5000": self.gateway}
+        changes |= {"a-key": KEY}
         code = block("python")
         for before, after in changes.items():
             assert before in code

@@ -89,7 +89,10 @@ def _wait_for_worker(session: SparkSession, master: str) -> None:
             work.result(WORKER_SECONDS)
         except Exception as error:
             session.stop()
-            reason = f"none within {WORKER_SECONDS} s" if isinstance(error, TimeoutError) else error
+            # Of an error in a worker, Java's many frames follow after these lines.
+            reason = "\n".join(str(error).splitlines()[:LOG_LINES])
+            if isinstance(error, TimeoutError):
+                reason = f"none within {WORKER_SECONDS} s"
             raise RuntimeError(
                 f"No worker of {master} took work: {reason}. The page of the master lists its workers; one "
                 "needs a free core and 1 GB of memory. With spark=True this machine does the work."

@@ -59,7 +59,7 @@ def score(
 ) -> tuple[float, float]:
     """Seconds to start Spark with its workers, and to score the table; the answers are the model's own."""
     started = time.perf_counter()
-    session = scoring.spark_session(cores)
+    session = scoring.spark_session(f"local[{cores}]")
     answer = mlflow.pyfunc.spark_udf(
         session, uri, env_manager="local", result_type="string", params=params, model_config={"threads": 1}
     )

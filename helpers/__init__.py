@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
-_SETTINGS = {
+SETTINGS = {  # in this process, in those that it starts, and in Spark's workers
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "true",
@@ -19,7 +19,7 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 # The libraries read these when they are imported, so they are set first; a value of your own stays.
-for _name, _value in _SETTINGS.items():
+for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 # The servers started here are on this machine: no proxy is asked for them. The lower-case name wins, and a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from helpers import ROOT, environment
+from helpers import ROOT, environment, places
 
 INTERRUPTED = 130  # the exit code that a shell gives to Ctrl-C
 app = typer.Typer(
@@ -98,7 +99,7 @@ def wheelhouse(output: Annotated[Path, Option(help="Folder of the wheels.")] = P
 
     written.make_folder(output)
     wheels = wheelhouse.make(output.resolve())
-    folder = os.path.relpath(output)
+    folder = places.relative(output)
     print(f"{folder}: {wheels} wheels. Set up from them: make run WHEELHOUSE={folder}")
 
 
@@ -133,7 +134,7 @@ def fetch(
     for folder in folders:
         if folder.is_relative_to(weights_dir()):
             verify(folder)
-        print(f"{os.path.relpath(folder)}: whole")
+        print(f"{places.relative(folder)}: whole")
 
 
 @app.command()
@@ -157,11 +158,11 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what CI sends works like Ctrl-C
     chosen = headless.select(notebooks or [], dict(map(_pair, parameters or [])))
     for page in headless.run(chosen, output):
-        print(f"Read it: {os.path.relpath(page)}")
+        print(f"Read it: {places.relative(page)}")
 
 
 @app.command()
-def ui(port: Port = 5000, tracking_uri: Store = "") -> None:
+def ui(port: Port = 5000, tracking_uri: Store = "") -> int:
     """Show runs, models and traces in MLflow's own pages."""
     from helpers import parameters, tracking
 
@@ -170,7 +171,11 @@ def ui(port: Port = 5000, tracking_uri: Store = "") -> None:
         raise ValueError(f"{parameters.without_password(store)} is a server: open that in a browser.")
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # The store's address may hold a password, and everybody can read the words of a command.
-    os.execve(sys.executable, command, os.environ | {"MLFLOW_BACKEND_STORE_URI": store})
+    own = os.environ | {"MLFLOW_BACKEND_STORE_URI": store}
+    if os.name != "nt":
+        os.execve(sys.executable, command, own)
+    # On Windows that would end this process, and the shell would not wait for the other.
+    return subprocess.run(command, env=own).returncode
 
 
 @app.command()
@@ -258,7 +263,7 @@ def site() -> None:
     """Write notebooks and guides as web pages to out/site."""
     from helpers.workshop import site
 
-    print(f"Read it: {os.path.relpath(site.build())}")
+    print(f"Read it: {places.relative(site.build())}")
 
 
 @app.command()
@@ -267,7 +272,7 @@ def student(output: Output = OUT) -> None:
     from helpers.workshop import editions
 
     for path in editions.write(output):
-        print(os.path.relpath(path))
+        print(places.relative(path))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -62,7 +63,11 @@ class Parameters(BaseModel):
     offline: Switch = False
     seed: _whole(0, 2**31 - 1, "7") = 7
     serve: Switch = True
-    spark: Switch = False
+    spark: Annotated[
+        bool | str,
+        AfterValidator(lambda where: spark_master(where)),
+        Field(description="True, False or the address of a master", examples=["spark://127.0.0.1:7077"]),
+    ] = False
 
 
 def check(**given: object) -> catalog.Model:
@@ -96,6 +101,8 @@ def convert(name: str, text: str, type_name: str) -> object:
     Raises:
         ParameterError: if the text is not a value of that type.
     """
+    if type_name == "object":  # a switch that may be a text as well
+        return {"true": True, "false": False}.get(text.lower(), text)
     kinds = {"bool": ("true or false", "True"), "int": ("a whole number", "64"), "float": ("a number", "0.5")}
     if type_name not in kinds:
         return text
@@ -116,6 +123,48 @@ def _setting(name: str, value: str) -> str:
     if name == VARIABLE:
         return f"export {name}={value}"
     return f"{name} {value}" if name.startswith("--") else f"-p {name} {value}"
+
+
+# Where Spark runs
+
+MASTERS = re.compile(
+    r"local(\[(\*|[1-9]\d*)\])?|yarn|k8s://https?://\S+|spark://([\w.-]+:\d+)(,[\w.-]+:\d+)*"
+)
+
+
+def spark_master(where: bool | str) -> bool | str:
+    """Check where Spark is to run, and return it: False, True for this machine, or a master's address.
+
+    Raises:
+        ParameterError: if the address is none that Spark knows, or no standalone master answers there.
+    """
+    if isinstance(where, bool):
+        return where
+    if not MASTERS.fullmatch(where):
+        raise ParameterError(
+            f"spark={where!r} is not True, False or the address of a master: spark://host:port, yarn, "
+            f"k8s://https://host:port or local[2]. Set it with {_setting('spark', 'spark://127.0.0.1:7077')}"
+        )
+    if where.startswith("spark://") and (reason := _unreachable(where.removeprefix("spark://").split(","))):
+        raise ParameterError(
+            f"spark={where!r} does not answer ({reason}). Start Spark's master there, or use this machine: "
+            f"{_setting('spark', 'True')}"
+        )
+    return where
+
+
+def _unreachable(masters: list[str]) -> str:
+    """Why none of these `host:port` can be reached; empty if one can. Spark itself tries for a minute."""
+    reason = ""
+    for master in masters:
+        host, _, port = master.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            reason = str(error)
+        else:
+            return ""
+    return reason
 
 
 # The store: MLflow's tracking URI

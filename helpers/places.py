@@ -46,6 +46,17 @@ class Place(NamedTuple):
     new: Path
 
 
+def relative(path: Path | str, start: Path | str = ".") -> str:
+    """The way from a folder (by default the working one) to a path, with `/`.
+
+    On Windows there is no such way to another drive; it is the whole path then.
+    """
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:
+        return Path(path).absolute().as_posix()
+
+
 def as_uri(path: Path) -> str:
     """The URI of a file or folder as MLflow takes it, say in `artifacts`, whatever its name is.
 

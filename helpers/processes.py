@@ -42,8 +42,9 @@ def program(command: Sequence[str], **options) -> Iterator[subprocess.Popen]:
         The supervisor, which ends with the program's exit code, or with 128 + the signal that ended it.
     """
     supervisor = [sys.executable, "-m", "helpers.processes", *command]
-    # In a session of its own, so that Ctrl-C reaches this process only.
-    child = subprocess.Popen(supervisor, stdin=subprocess.PIPE, start_new_session=True, **options)
+    # In a session of its own, or a group on Windows, so that Ctrl-C reaches this process only.
+    alone = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    child = subprocess.Popen(supervisor, stdin=subprocess.PIPE, **alone, **options)
     try:
         yield child
     finally:

@@ -127,6 +127,30 @@ def test_the_path_of_a_database_survives_being_a_uri(tmp_path, name):
         assert parameters.resolved(given) == uri
 
 
+@pytest.mark.parametrize("where", [True, False, "local", "local[2]", "yarn", "k8s://https://cluster:6443"])
+def test_spark_runs_nowhere_here_or_on_a_cluster(where):
+    parameters.check(**GOOD, spark=where)
+
+
+@pytest.mark.parametrize(
+    "where", ["false", "True", "", "local[0]", "127.0.0.1:7077", "spark://host", "spark://", "mesos://h:1", 1]
+)
+def test_what_is_no_place_for_spark_is_named_with_what_is(where):
+    sentence = refused(spark=where)
+    assert sentence.startswith(f"spark={where!r} is not True, False or the address of a master")
+    assert "-p spark spark://127.0.0.1:7077" in sentence
+
+
+def test_one_master_of_several_has_to_answer():
+    with socket.create_server(("127.0.0.1", 0)) as master:
+        address = f"127.0.0.1:{master.getsockname()[1]}"
+        parameters.check(**GOOD, spark=f"spark://{address}")
+        parameters.check(**GOOD, spark=f"spark://127.0.0.1:9,{address}")
+    sentence = refused(spark="spark://127.0.0.1:9,127.0.0.1:70000")
+    assert sentence.startswith("spark='spark://127.0.0.1:9,127.0.0.1:70000' does not answer (")
+    assert "-p spark True" in sentence
+
+
 def test_an_unknown_model_is_answered_with_the_catalogue():
     sentence = refused(model="phi-33")
     assert "phi-33" in sentence
@@ -212,6 +236,8 @@ def test_what_mlflow_gets_depends_on_no_folder_and_on_no_driver_that_is_not_lock
         ("16", "int", 16),
         ("0.5", "float", 0.5),
         ("16", "str", "16"),
+        ("false", "object", False),
+        ("spark://127.0.0.1:7077", "object", "spark://127.0.0.1:7077"),
     ],
 )
 def test_command_line_text_becomes_the_declared_type(text, type_name, value):

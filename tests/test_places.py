@@ -1,6 +1,7 @@
 """A store moves with its folder, shares its large files, and is found below any path."""
 
 import contextlib
+import ntpath
 import os
 import shutil
 import sqlite3
@@ -317,3 +318,9 @@ def test_where_the_system_refuses_a_link_the_copy_stays(weights, tmp_path, monke
     files = [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()]
     assert {path.stat().st_nlink for path in files} == {1}
     assert not [path for path in files if path.name.endswith(".link")]
+
+
+def test_a_path_on_another_drive_of_windows_is_shown_whole(monkeypatch):
+    assert places.relative(Path.cwd() / "out" / "01.html") == "out/01.html"
+    monkeypatch.setattr(os, "path", ntpath)  # the rules of Windows, where this working folder has no drive
+    assert places.relative("D:/out/01.html").endswith("D:/out/01.html")

@@ -27,7 +27,7 @@ from helpers import scoring
 
 store, model, rows, params, cores = json.load(sys.stdin)
 mlflow.set_tracking_uri(store)
-session = scoring.spark_session(cores)
+session = scoring.spark_session(f"local[{cores}]")
 session.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 4)
 answer = mlflow.pyfunc.spark_udf(
     session, model, env_manager="local", result_type="string", params=params, model_config={"threads": 1}

@@ -10,7 +10,6 @@ import inspect
 import io
 import json
 import math
-import os
 import runpy
 import tempfile
 import uuid
@@ -19,7 +18,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import ROOT
+from helpers import ROOT, places
 from helpers.workshop import board
 
 if TYPE_CHECKING:
@@ -399,4 +398,4 @@ def own_file(name: str) -> str:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="own-file-"))
-    return Path(os.path.relpath(folder / name)).as_posix()
+    return places.relative(folder / name)

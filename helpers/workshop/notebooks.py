@@ -15,7 +15,7 @@ from pathlib import Path
 
 from traitlets.config import Config
 
-from helpers import ROOT, errors, parameters, processes
+from helpers import ROOT, errors, parameters, places, processes
 from helpers.models import catalog, export, fetch
 from helpers.workshop import written
 
@@ -97,7 +97,7 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting: another run writes {os.path.relpath(executed)}.", flush=True)
+        print(f"Waiting: another run writes {places.relative(executed)}.", flush=True)
         held = lock.acquire()
     # MLflow writes a whole model to the temporary folder, and the system's own is in memory on many machines.
     folder = output.resolve() / f".{notebook.stem}.tmp"
@@ -111,7 +111,7 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
         folder.mkdir()
         try:
             _fetch(notebook, values)
-            _execute(notebook, values, folder / notebook.name, os.path.relpath(executed))
+            _execute(notebook, values, folder / notebook.name, places.relative(executed))
         finally:
             _keep(folder / notebook.name, executed)
             shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +216,7 @@ def relink(book, folder: Path) -> None:
 
 
 def _way_to_root(folder: Path) -> str:
-    return Path(os.path.relpath(ROOT, folder)).as_posix()
+    return places.relative(ROOT, folder)
 
 
 def save() -> None:

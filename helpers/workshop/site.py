@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from helpers import ROOT
+from helpers import ROOT, places
 from helpers.workshop import notebooks
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def _page(source: str, copies: dict[str, Path]) -> str:
     from nbformat import v4
 
     book = _book(ROOT / source)
-    menu = [f"[{label}]({os.path.relpath(name, Path(source).parent)})" for name, (_, label) in PAGES.items()]
+    here = Path(source).parent
+    menu = [f"[{label}]({places.relative(name, here)})" for name, (_, label) in PAGES.items()]
     book.cells.insert(0, v4.new_markdown_cell(" · ".join(menu)))
     soup = BeautifulSoup(notebooks.page(book, PAGES[source][1]), "html.parser")
     for link in soup.select("a[href]"):
@@ -95,7 +95,7 @@ def _address(address: str, source: str, copies: dict[str, Path]) -> str:
     if not url.path:
         return anchor
     target = (ROOT / source).parent.joinpath(unquote(url.path)).resolve()
-    name = Path(os.path.relpath(target, ROOT)).as_posix()
+    name = places.relative(target, ROOT)
     if name in PAGES:
         return PAGES[name][0] + anchor
     if not target.is_file() or not target.is_relative_to(ROOT):

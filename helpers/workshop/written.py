@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers import places
+
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
@@ -40,7 +42,7 @@ def prepare(files: Collection[Path]) -> None:
     for path in files:
         if os.path.lexists(path) and not _is_own(path):
             raise ValueError(
-                f"{os.path.relpath(path)} has been worked in, or was not written by this project. "
+                f"{places.relative(path)} has been worked in, or was not written by this project. "
                 "Move it away, or name another folder with --output."
             )
     for path in files:

@@ -262,7 +262,7 @@ def _process(pid: int) -> str:
 
 def has_files(model_uri: str) -> bool:
     """Whether the files of a model are still in the store: its entry outlives a deleted folder."""
-    return "MLmodel" in {Path(file).name for file in logged.list_files(model_uri)}
+    return "MLmodel" in logged.list_files(model_uri)
 
 
 def share_files(model_uri: str) -> None:

@@ -31,7 +31,7 @@ def check(model_uri: str) -> None:
     from mlflow.models import Model
 
     files = list_files(model_uri)
-    if "MLmodel" not in {PurePosixPath(file).name for file in files}:
+    if "MLmodel" not in files:
         if model_uri.startswith("models:"):
             with contextlib.suppress(MlflowException):
                 raise StoreFault(
@@ -53,7 +53,7 @@ def check(model_uri: str) -> None:
 
 
 def list_files(model_uri: str) -> list[str]:
-    """The path of every file of a model; none if its folder was deleted, which its entry outlives."""
+    """The path of every file in a model's folder; none if that was deleted, which its entry outlives."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -77,7 +77,7 @@ def _walk(model_uri: str) -> Iterator[str]:
             if entry.is_dir:
                 folders.append(entry.path)
             else:
-                yield entry.path
+                yield PurePosixPath(entry.path).relative_to(path).as_posix()
 
 
 def place(model_uri: str) -> str:

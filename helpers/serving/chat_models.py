@@ -99,8 +99,9 @@ def _start_onnx(wrapper: Any, messages: list[dict], params: dict) -> Any:
     """Begin an answer of `onnx_chat_model.py`, whose own thread decodes concurrent callers in batches."""
     ids = wrapper.encode_messages(messages)
     with contextlib.suppress(AttributeError):  # A class of your own need not know its context.
+        context = wrapper.context_length
         written = params.get("max_new_tokens") or wrapper.check_params({})["max_new_tokens"]
-        refuse_too_long(len(ids), written, wrapper.context_length)
+        refuse_too_long(len(ids), written, context)
     return wrapper.generate([ids], params)[0]
 
 

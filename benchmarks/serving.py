@@ -1,4 +1,4 @@
-"""What the OpenAI front costs and gains, beside a call in Python, MLflow's server and LitServe's OpenAI spec.
+"""What the OpenAI endpoint costs and gains, beside Python, MLflow's server and LitServe's OpenAI spec.
 
     python benchmarks/serving.py [--repeats 5] [--requests 1000] [--model smollm2-135m] [--precision int4]
 
@@ -102,7 +102,7 @@ def server(code: str) -> Iterator[tuple[str, subprocess.Popen]]:
         shutil.rmtree(folder)
 
 
-def front(uri: str) -> contextlib.AbstractContextManager:
+def endpoint(uri: str) -> contextlib.AbstractContextManager:
     store = mlflow.get_tracking_uri()
     return server(
         "from helpers.serving.openai_server import serve\n"
@@ -177,7 +177,7 @@ def first_token(url: str) -> float:
 
 
 def throughput(uri: str, repeats: int) -> dict:
-    """Python, the front and LitServe in turns, each with one caller and with eight."""
+    """Python, the endpoint and LitServe in turns, each with one caller and with eight."""
     wrapper = mlflow.pyfunc.load_model(uri).unwrap_python_model()
 
     def in_python(prompt: str) -> int:
@@ -185,10 +185,10 @@ def throughput(uri: str, repeats: int) -> dict:
         ids = wrapper.encode_messages(messages)
         return wrapper.generate([ids], {"max_new_tokens": TOKENS})[0].result().completion_tokens
 
-    with front(uri) as (url, process), litserve(uri) as (peer_url, peer):
+    with endpoint(uri) as (url, process), litserve(uri) as (peer_url, peer):
         callers = {
             "Python": in_python,
-            "front": lambda prompt: ask(url, prompt).usage.completion_tokens,
+            "endpoint": lambda prompt: ask(url, prompt).usage.completion_tokens,
             "LitServe": lambda prompt: ask(peer_url, prompt).usage.completion_tokens,
         }
         rounds: dict[tuple[str, int], list[float]] = {(name, n): [] for n in (1, 8) for name in callers}
@@ -196,8 +196,8 @@ def throughput(uri: str, repeats: int) -> dict:
             for (name, clients), speeds in rounds.items():
                 speed = tokens_per_second(callers[name], clients)
                 speeds += [speed] if turn else []
-        first = {"front": first_token(url), "LitServe": first_token(peer_url)}
-        after = {"front": after_leaving(url, process), "LitServe": after_leaving(peer_url, peer)}
+        first = {"endpoint": first_token(url), "LitServe": first_token(peer_url)}
+        after = {"endpoint": after_leaving(url, process), "LitServe": after_leaving(peer_url, peer)}
 
     def ratio(above: tuple[str, int], below: tuple[str, int]) -> float:
         pairs = zip(rounds[above], rounds[below], strict=True)
@@ -207,7 +207,7 @@ def throughput(uri: str, repeats: int) -> dict:
         f"{name}, {n} at once, tok/s": round(statistics.median(v), 1) for (name, n), v in rounds.items()
     }
     figures["Python, 8 callers / 1"] = ratio(("Python", 8), ("Python", 1))
-    for name in ("front", "LitServe"):
+    for name in ("endpoint", "LitServe"):
         figures |= {
             f"{name} / Python, 1 at once": ratio((name, 1), ("Python", 1)),
             f"{name} / Python, 8 at once": ratio((name, 8), ("Python", 8)),
@@ -242,10 +242,10 @@ def after_leaving(url: str, process: subprocess.Popen) -> dict:
 
 
 def health(uri: str) -> dict:
-    """The slowest health probe while a 3,000-word prompt is read, by the front and by MLflow's server."""
+    """The slowest health probe while a 3,000-word prompt is read, by the endpoint and by MLflow's server."""
     figures = {"words in the long prompt": len(LONG_PROMPT.split())}
-    with front(uri) as (url, _):
-        figures |= probe("front", url, lambda: ask(url, LONG_PROMPT, tokens=1))
+    with endpoint(uri) as (url, _):
+        figures |= probe("endpoint", url, lambda: ask(url, LONG_PROMPT, tokens=1))
     with mlflow_server.serve(uri, timeout=300) as url:
         body = {"inputs": {"prompt": [LONG_PROMPT]}, "params": {"max_new_tokens": 1}}
         figures |= probe(
@@ -286,7 +286,7 @@ def mixed(uri: str, count: int) -> dict:
     requests = traffic.Traffic(wrapper, "tiny", chats, [32] * len(chats))
     chance = random.Random(0)
     plan = [(chance.choice(traffic.KINDS), chance.randrange(len(chats))) for _ in range(count)]
-    with front(uri) as (url, process):
+    with endpoint(uri) as (url, process):
         with (
             httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
             ThreadPoolExecutor(16) as pool,

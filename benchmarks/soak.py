@@ -94,7 +94,7 @@ def soak(uri: str, requests: traffic.Traffic, clients: int, seconds: float) -> d
     """The figures of a run; it ends early if the server does."""
     replies: list[traffic.Reply] = []
     errors: list[str] = []
-    with serving.front(uri) as (url, process):
+    with serving.endpoint(uri) as (url, process):
         family = [psutil.Process(process.pid), *serving.children(process)]
         until = time.monotonic() + seconds
         threads = [

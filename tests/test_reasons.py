@@ -69,7 +69,7 @@ def test_right_faults(): HeadlessRun("folder")
 @pytest.mark.key
 @pytest.mark.server
 def test_right_key_case(): server.running("models:/slm-onnx@champion")
-def test_right_without_a_process(): server._sse({}), sp.PIPE, notebooks.declared("01.ipynb")
+def test_right_without_a_process(): server._interrupt(), sp.PIPE, notebooks.declared("01.ipynb")
 """
 
 

@@ -1,8 +1,9 @@
 """The registered models that can be served as chat: `load` gives a function that starts an answer.
 
-`start(messages, params)` returns a completion, or raises ValueError for what the model cannot do, such as too
-long a prompt. A completion yields pieces of text while they are decoded; afterwards it has `prompt_tokens`,
-`completion_tokens` and `finish_reason`. Its `close()` ends the work early, with the reason "closed".
+`start(messages, params)` returns a completion. It raises ApiError for too long a prompt, and ValueError for
+what else the model cannot do. A completion yields pieces of text while they are decoded; afterwards it has
+`prompt_tokens`, `completion_tokens` and `finish_reason`. Its `close()` ends the work early, with the reason
+"closed".
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from helpers.models import logged
+from helpers.serving.chat_request import ApiError
 
 OPTIONS = ("max_new_tokens", "repetition_penalty", "temperature", "top_p", "top_k")
 Start = Callable[[list[dict], dict], Any]
@@ -40,18 +42,15 @@ class ServedModel:
         return f"{self.name}/{self.version}" if self.version else self.name
 
 
-class ContextLengthError(ValueError):
-    """A prompt and an answer that do not fit the model together, as OpenAI's API words and marks it."""
-
-    code = "context_length_exceeded"
-    param = "messages"
-
-    def __init__(self, read: int, written: int, context: int):
-        super().__init__(
+def refuse_too_long(read: int, written: int, context: int) -> None:
+    """Refuse a prompt and an answer that do not fit the model together, in the words of OpenAI's API."""
+    if read + written > context:
+        message = (
             f"This model's maximum context length is {context} tokens. However, you requested "
             f"{read + written} tokens ({read} in the messages, {written} in max_tokens). "
             "Shorten the messages, or ask for fewer max_tokens."
         )
+        raise ApiError(400, message, code="context_length_exceeded", param="messages")
 
 
 def load(model_uri: str) -> tuple[ServedModel, Start]:
@@ -100,15 +99,11 @@ def load(model_uri: str) -> tuple[ServedModel, Start]:
 def _start_onnx(wrapper: Any, messages: list[dict], params: dict) -> Any:
     """Begin an answer of `onnx_chat_model.py`, whose own thread decodes concurrent callers in batches."""
     ids = wrapper.encode_messages(messages)
-    try:
-        return wrapper.generate([ids], params)[0]
-    except ValueError:
-        # Say it as OpenAI does, if it is the length. A class of your own need not know its context.
-        with contextlib.suppress(AttributeError):
-            written = params.get("max_new_tokens") or wrapper.check_params({})["max_new_tokens"]
-            if len(ids) + written > wrapper.context_length:
-                raise ContextLengthError(len(ids), written, wrapper.context_length) from None
-        raise
+    with contextlib.suppress(AttributeError):  # A class of your own need not know its context.
+        context = wrapper.context_length
+        written = params.get("max_new_tokens") or wrapper.check_params({})["max_new_tokens"]
+        refuse_too_long(len(ids), written, context)
+    return wrapper.generate([ids], params)[0]
 
 
 class PipelineChat:
@@ -134,8 +129,7 @@ class PipelineChat:
         params = self.defaults | params
         ids = self.encode_messages(messages)
         context = self.model.config.get_text_config().max_position_embeddings
-        if len(ids) + params["max_new_tokens"] > context:
-            raise ContextLengthError(len(ids), params["max_new_tokens"], context)
+        refuse_too_long(len(ids), params["max_new_tokens"], context)
         return PipelineCompletion(self, ids, params)
 
     def encode_messages(self, messages: list[dict]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -11,20 +12,12 @@ from collections.abc import Mapping
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from helpers.serving import metrics
 from helpers.serving.chat_request import ApiError
-from helpers.serving.model_process import Answer
 
 log = logging.getLogger("helpers.serving")
 RETRY_SECONDS = 2
@@ -33,39 +26,6 @@ BODY_SECONDS = 30
 # How much of a refused body is read on and dropped, and for how long.
 DROP_BYTES = 250_000_000
 DROP_SECONDS = 30
-disable_created_metrics()
-
-
-class Metrics:
-    """Prometheus metrics. The server sees every request and every event of the model, so it alone counts.
-
-    Args:
-        answers: those in progress.
-    """
-
-    def __init__(self, answers: Mapping[str, Answer]):
-        self.registry = CollectorRegistry()
-        names = {"namespace": "chat", "registry": self.registry}
-        help_text = "Requests, by the status they ended with, also in a stream; 499: the client has gone."
-        self.requests = Counter("requests", help_text, ["status"], **names)
-        self.errors = Counter("errors", "Requests that failed, before or during the answer.", **names)
-        self.tokens_in = Counter("prompt_tokens", "Tokens read.", **names)
-        self.tokens_out = Counter("completion_tokens", "Tokens written.", **names)
-        buckets = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-        help_text = "From a request's arrival to the first text of its answer."
-        self.first_token = Histogram("time_to_first_token_seconds", help_text, buckets=buckets, **names)
-        in_progress = Gauge("requests_in_progress", "Requests being answered.", **names)
-        in_progress.set_function(lambda: len(answers))
-        waiting = Gauge("queue_length", "Requests that wait for their first token.", **names)
-        waiting.set_function(lambda: sum(answer.waiting for answer in answers.values()))
-
-    def count_tokens(self, read: int, written: int) -> None:
-        self.tokens_in.inc(read)
-        self.tokens_out.inc(written)
-
-    def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
-        return generate_latest(self.registry)
 
 
 class RequestLog:
@@ -74,17 +34,17 @@ class RequestLog:
     An error that nothing else has answered becomes a 500, and its stack trace goes to the log.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
+    def __init__(self, app: ASGIApp):
         self.app = app
-        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {}).update(id=request_id, body_is_read=False)
-        began = time.perf_counter()
+        request = Request(scope)
+        request.state.id = f"req_{uuid.uuid4().hex}"
+        request.state.began = time.perf_counter()
+        request.state.body_is_read = False
         status = None
         complete = False
 
@@ -92,30 +52,51 @@ class RequestLog:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", request.state.id.encode())]
             else:
                 complete = not message.get("more_body")
             await send(message)
 
+        failure = None
         try:
             await self.app(scope, receive, send_with_id)
         except asyncio.CancelledError:
             # Uvicorn cancels what is left at the end of the grace period.
-            if status is None:
-                response = error_response(Request(scope), ApiError(503, "The server is stopping."))
-                await response(scope, receive, send_with_id)
+            failure = ApiError(503, "The server is stopping.")
         except Exception:
-            log.exception("%s failed", request_id)
-            if status is None:
-                message = "The server failed. Its log has more under the request id."
-                await error_response(Request(scope), ApiError(500, message))(scope, receive, send_with_id)
-        finally:
-            if scope["path"] not in ("/health", "/metrics"):
-                ended = scope["state"].get("failed") or (status if complete else 499)
-                self.metrics.requests.labels(ended).inc()
-                self.metrics.errors.inc(ended >= 400)
-                seconds = time.perf_counter() - began
-                log.info("%s %s %r %s %.3f s", request_id, scope["method"], scope["path"], ended, seconds)
+            log.exception("%s failed", request.state.id)
+            failure = ApiError(500, "The server failed. Its log has more under the request id.")
+        # A client that reads nothing blocks this until uvicorn closes its connection.
+        with contextlib.suppress(asyncio.CancelledError):
+            if failure and status is None:
+                await error_response(request, failure)(scope, receive, send_with_id)
+            elif failure and not complete:
+                await send_with_id({"type": "http.response.body", "body": last_event(request, failure)})
+        _count(request, status if complete else 499)
+
+
+def _count(request: Request, status: int) -> None:
+    """Count and log a request that has ended."""
+    path = request.scope["path"]
+    if path in ("/health", "/metrics"):
+        return
+    status = getattr(request.state, "failed", status)
+    metrics.REQUESTS.labels(status).inc()
+    metrics.ERRORS.inc(status >= 400)
+    seconds = time.perf_counter() - request.state.began
+    log.info("%s %s %r %s %.3f s", request.state.id, request.method, path, status, seconds)
+
+
+def last_event(request: Request, error: ApiError) -> bytes:
+    """The event that ends a stream with an error, which counts as the request's status."""
+    request.state.failed = error.status
+    log.warning("%s %d %r", request.state.id, error.status, str(error))
+    return server_sent(error.body())
+
+
+def server_sent(data: dict) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(data)}\n\n".encode()
 
 
 async def read_body(request: Request, longest: int) -> bytes:
@@ -159,9 +140,8 @@ async def refuse(request: Request, error: ApiError | HTTPException) -> JSONRespo
     A server that closes a connection on which the client still sends resets it, and the client may never see
     the answer.
     """
-    headers = {}
+    headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, HTTPException):
-        headers |= error.headers or {}
         error = ApiError(error.status_code, f"{error.detail}.")
     if error.status == 408 or not await _drop_body(request):
         headers["Connection"] = "close"

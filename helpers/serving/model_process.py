@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
 import queue
-import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TextIO
 
 from helpers import processes, tracking
-from helpers.serving import chat_models
+from helpers.serving import chat_models, metrics
+from helpers.serving.chat_request import ApiError
 
 log = logging.getLogger("helpers.serving")
 TRACES = "serving"  # The experiment that traces go to.
@@ -36,64 +37,52 @@ LONGEST_LINE = 2**26  # Bytes of one event.
 # The server's side.
 
 
-@dataclass
-class Answer:
-    """One request to the model.
-
-    Its events are ("started",), ("text", piece), ("end", usage, finish_reason) or ("error", status, message)
-    with a code and a parameter, where there are any. One of the last two comes, once.
-    """
-
-    id: str
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    waiting: bool = True  # For its first token.
-
-
 class ModelProcess:
-    """The server's handle on the model's process. It belongs to one event loop."""
+    """The server's handle on the model's process. It belongs to one event loop.
+
+    The events of an answer are ("started",), ("text", piece), ("end", usage, finish_reason) or ("error",
+    status, message) with a code and a parameter, where there are any. One of the last two comes, once.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, model: chat_models.ServedModel):
         self._process = process
         self.model = model
-        self.answers: dict[str, Answer] = {}
+        # The events of the answers in progress, by the request's id.
+        self.answers: dict[str, asyncio.Queue] = {}
         self.alive = True
 
-    def ask(self, request_id: str, messages: list[dict], params: dict) -> Answer:
-        """Send a request; its events arrive in the answer."""
-        answer = self.answers[request_id] = Answer(request_id)
+    def ask(self, request_id: str, messages: list[dict], params: dict) -> asyncio.Queue:
+        """Send a request; its events arrive in the queue."""
+        events = self.answers[request_id] = asyncio.Queue()
         _write(self._process, "ask", request_id, messages, params)
-        return answer
+        return events
 
-    def close(self, answer: Answer) -> bool:
-        """Forget an answer and stop its work; whether there was any left."""
-        running = self.answers.pop(answer.id, None) is not None
-        if running:
-            _write(self._process, "close", answer.id)
-        return running
+    def close(self, request_id: str) -> asyncio.Queue | None:
+        """Stop the work on an answer, and give its queue, which gets no more events; None if it has ended."""
+        if events := self.answers.pop(request_id, None):
+            _write(self._process, "close", request_id)
+        return events
 
-    def give_up(self, answer: Answer, status: int, reason: str) -> None:
-        """Close an answer, and send its reader an error, if there is any work left."""
-        if self.close(answer):
-            answer.events.put_nowait(("error", status, reason))
+    def give_up(self, request_id: str, status: int, reason: str) -> None:
+        """Close an answer, and send its reader an error, if it has not ended."""
+        if events := self.close(request_id):
+            events.put_nowait(("error", status, reason))
 
-    async def read_events(self, on_tokens: Callable[[int, int], None]) -> None:
-        """Pass the model's events on to their answers, until its process ends.
-
-        Args:
-            on_tokens: called with the tokens read and written of every answer that ends, abandoned or not.
-        """
+    async def read_events(self) -> None:
+        """Pass the model's events on to their answers, until its process ends."""
         while line := await self._process.stdout.readline():
             request_id, *event = json.loads(line)
             if event[0] == "end":
-                on_tokens(*event[1])
-            if answer := self.answers.get(request_id):
-                answer.waiting = answer.waiting and event[0] != "text"
-                answer.events.put_nowait(event)
+                # Also of an answer that was closed.
+                metrics.TOKENS_IN.inc(event[1]["prompt_tokens"])
+                metrics.TOKENS_OUT.inc(event[1]["completion_tokens"])
+            if events := self.answers.get(request_id):
+                events.put_nowait(event)
                 if event[0] in ("end", "error"):
                     del self.answers[request_id]
         self.alive = False
-        for answer in self.answers.values():
-            answer.events.put_nowait(("error", 503, "The model's process has ended."))
+        for events in self.answers.values():
+            events.put_nowait(("error", 503, "The model's process has ended."))
 
 
 @contextlib.asynccontextmanager
@@ -151,87 +140,87 @@ def main() -> None:
     # What a model or a library prints goes to the log.
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    import mlflow
+
     model_uri, tracking_uri, trace_sampling = json.loads(messages.get())
     try:
         tracking.open_store(tracking_uri)
         served, start = chat_models.load(model_uri)
+        os.environ["MLFLOW_TRACE_SAMPLING_RATIO"] = str(trace_sampling)
         if trace_sampling:
             # Beside the model, while `connect` would enter a server's workspace of that name.
             tracking.choose_experiment(TRACES, "serve without traces (trace sampling 0).")
+        else:
+            mlflow.tracing.disable()
     except Exception as error:
         log.debug("loading failed", exc_info=True)
         print(json.dumps(str(error) or repr(error)), file=events, flush=True)
         return
     print(json.dumps(asdict(served)), file=events, flush=True)
-    worker = Worker(served, start, trace_sampling, events)
+    worker = Worker(served, start, events)
     while (message := json.loads(messages.get()))[0] != "stop":
         {"ask": worker.ask, "close": worker.close}[message[0]](*message[1:])
-    if trace_sampling:
-        import mlflow
-
-        mlflow.flush_trace_async_logging()
+    worker.stop()
+    mlflow.flush_trace_async_logging()
     os._exit(0)  # At once: a thread that still decodes must not keep the process.
-
-
-@dataclass
-class Call:
-    """What a trace holds of a request, apart from its completion."""
-
-    id: str
-    messages: list[dict]
-    params: dict
-    text: str = ""
-    started: int = field(default_factory=time.time_ns)
 
 
 class Worker:
     """Answers requests side by side, each read out by a thread of its own."""
 
-    def __init__(
-        self, served: chat_models.ServedModel, start: chat_models.Start, trace_sampling: float, events: Any
-    ):
+    def __init__(self, served: chat_models.ServedModel, start: chat_models.Start, events: TextIO):
         self._served = served
         self._start = start
-        self._sampling = trace_sampling
         self._events = events
         self._lock = threading.Lock()
         self._running: dict[str, Any] = {}
 
     def ask(self, request_id: str, messages: list[dict], params: dict) -> None:
         """Begin an answer. A ValueError is the caller's and says what to change; the rest is logged."""
-        call = Call(request_id, messages, params)
+        trace = functools.partial(self._trace, request_id, messages, params, time.time_ns())
         try:
             completion = self._running[request_id] = self._start(messages, params)
-        except ValueError as error:
-            self._trace(call, None, error)
-            marks = (error.code, error.param) if isinstance(error, chat_models.ContextLengthError) else ()
-            self._send(request_id, "error", 400, str(error), *marks)
         except Exception as error:
-            self._trace(call, None, error)
-            self._fail(request_id, error)
+            trace(error=error)
+            if isinstance(error, ApiError):
+                self._send(request_id, "error", error.status, str(error), error.code, error.param)
+            elif isinstance(error, ValueError):
+                self._send(request_id, "error", 400, str(error))
+            else:
+                self._fail(request_id, error)
         else:
             self._send(request_id, "started")
-            threading.Thread(target=self._read_out, args=(call, completion), daemon=True).start()
+            threading.Thread(target=self._read_out, args=(request_id, completion, trace), daemon=True).start()
 
     def close(self, request_id: str) -> None:
-        if completion := self._running.pop(request_id, None):
+        """Stop the work on an answer."""
+        if completion := self._running.get(request_id):
             completion.close()
 
-    def _read_out(self, call: Call, completion: Any) -> None:
+    def stop(self) -> None:
+        """Close all answers, and wait until their traces are written."""
+        for request_id in list(self._running):
+            self.close(request_id)
+        while self._running:
+            time.sleep(0.01)
+
+    def _read_out(self, request_id: str, completion: Any, trace: Callable[..., None]) -> None:
         # The trace is written before "end" is sent: a client may stop the server as soon as it sees the end.
+        text = ""
         try:
             for piece in completion:
                 if piece:
-                    call.text += piece
-                    self._send(call.id, "text", piece)
-            self._trace(call, completion, None)
-            usage = completion.prompt_tokens, completion.completion_tokens
-            self._send(call.id, "end", usage, completion.finish_reason)
+                    text += piece
+                    self._send(request_id, "text", piece)
+            trace(completion, text)
+            read, written = completion.prompt_tokens, completion.completion_tokens
+            usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+            self._send(request_id, "end", usage, completion.finish_reason)
         except Exception as error:
-            self._trace(call, completion, error)
-            self._fail(call.id, error)
+            trace(completion, text, error)
+            self._fail(request_id, error)
         finally:
-            self._running.pop(call.id, None)
+            del self._running[request_id]
 
     def _send(self, *event: Any) -> None:
         with self._lock:
@@ -242,10 +231,17 @@ class Worker:
         reason = "The model failed. The server's log has more under the request id."
         self._send(request_id, "error", 500, reason)
 
-    def _trace(self, call: Call, completion: Any, error: Exception | None) -> None:
-        """Leave a trace of a call that has ended, if it is one of the sample."""
-        if not self._sampling or random.random() >= self._sampling:
-            return
+    def _trace(
+        self,
+        request_id: str,
+        messages: list[dict],
+        params: dict,
+        started: int,
+        completion: Any = None,
+        text: str = "",
+        error: Exception | None = None,
+    ) -> None:
+        """Leave a trace of a request that has ended, if it is one of the sample."""
         import mlflow
 
         served = self._served
@@ -253,17 +249,17 @@ class Worker:
         span = mlflow.start_span_no_context(
             "chat.completions",
             span_type="CHAT_MODEL",
-            inputs={"messages": call.messages, **call.params},
+            inputs={"messages": messages, **params},
             attributes=names,
-            tags={"request_id": call.id, **names},
+            tags={"request_id": request_id, **names},
             metadata={"mlflow.modelId": served.model_id} if served.model_id else None,
-            start_time_ns=call.started,
+            start_time_ns=started,
         )
         if completion:
             read, written = completion.prompt_tokens, completion.completion_tokens
             usage = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
             span.set_attribute("mlflow.chat.tokenUsage", usage)
-            message = {"role": "assistant", "content": call.text}
+            message = {"role": "assistant", "content": text}
             span.set_outputs({"choices": [{"message": message, "finish_reason": completion.finish_reason}]})
         if error:
             span.record_exception(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import functools
 import logging
 import os
 import re
@@ -17,38 +17,29 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from helpers import parameters, processes, tracking
-from helpers.serving import model_process
+from helpers.serving import metrics, model_process
 from helpers.serving.chat_request import ApiError, ChatRequest, parse
-from helpers.serving.http_requests import Metrics, RequestLog, read_body, refuse
-from helpers.serving.model_process import Answer, ModelProcess
+from helpers.serving.http_requests import RequestLog, last_event, read_body, refuse, server_sent
+from helpers.serving.model_process import ModelProcess
 
 log = logging.getLogger("helpers.serving")
 API_KEY = "OPENAI_SERVER_API_KEY"
-# After the grace period: time to send waiting clients a 503 before uvicorn closes their connections.
-SHUTDOWN_NOTICE_SECONDS = 2
 
 
 @dataclass
 class ChatServer:
-    """The HTTP side of one model.
-
-    Args:
-        api_key: what `Authorization: Bearer …` must hold under /v1 and for /metrics; with None, the request
-            must be addressed to this machine by a loopback name.
-        max_queue: requests in progress above which a new one is answered 429.
-        max_body: bytes of a request's body.
-        timeout: seconds an answer may take.
-    """
+    """The HTTP side of one model; its settings are those of `serve`."""
 
     process: ModelProcess
     api_key: str | None
@@ -56,10 +47,6 @@ class ChatServer:
     max_body: int
     timeout: float
     created: int = field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self):
-        self.model = self.process.model
-        self.metrics = Metrics(self.process.answers)
 
     def app(self) -> FastAPI:
         app = FastAPI(openapi_url=None)
@@ -71,13 +58,9 @@ class ChatServer:
         app.post("/v1/chat/completions", dependencies=keyed)(self.chat)
         app.exception_handler(ApiError)(refuse)
         app.exception_handler(HTTPException)(refuse)
-        app.add_middleware(RequestLog, metrics=self.metrics)
+        app.add_middleware(RequestLog)
+        metrics.IN_PROGRESS.set_function(lambda: len(self.process.answers))
         return app
-
-    def stop(self) -> None:
-        """End all answers in progress, and say why."""
-        for answer in list(self.process.answers.values()):
-            self.process.give_up(answer, 503, "The server is stopping.")
 
     async def _check_caller(self, request: Request) -> None:
         """The key; without one, the address: a web page can point a name of its own at 127.0.0.1."""
@@ -97,34 +80,32 @@ class ChatServer:
         return JSONResponse({"status": "the model's process has ended"}, 503)
 
     async def show_metrics(self) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    def _model(self) -> dict:
-        return {"id": self.model.name, "object": "model", "created": self.created, "owned_by": "mlflow"}
+        return Response(generate_latest(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict:
-        return {"object": "list", "data": [self._model()]}
+        return {"object": "list", "data": [await self.one_model(self.process.model.name)]}
 
     async def one_model(self, name: str) -> dict:
         self._check_model(name)
-        return self._model()
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "mlflow"}
 
     def _check_model(self, name: str) -> None:
-        if name != self.model.name:
-            message = f"There is no model {name[:100]!r} here; the one served is {self.model.name!r}."
+        served = self.process.model.name
+        if name != served:
+            message = f"There is no model {name[:100]!r} here; the one served is {served!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def chat(self, request: Request) -> Response:
-        arrived = time.perf_counter()
         call = parse(await read_body(request, self.max_body))
         self._check_model(call.model)
         messages = [message.plain() for message in call.messages]
-        if self.model.system_message is not None and all(m["role"] != "system" for m in messages):
-            messages.insert(0, {"role": "system", "content": self.model.system_message})
+        system_message = self.process.model.system_message
+        if system_message is not None and all(message["role"] != "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": system_message})
         params = call.params()
         if len(self.process.answers) >= self.max_queue:
             raise ApiError(429, f"{self.max_queue} requests are in progress. Try again.", code="queue_full")
-        events = self._events(self.process.ask(request.state.id, messages, params), request, arrived)
+        events = self._events(request, messages, params)
         # "started", or an error while the answer can still have a status of its own.
         await anext(events)
         if call.stream:
@@ -133,33 +114,40 @@ class ChatServer:
             return StreamingResponse(chunks, headers=headers, media_type="text/event-stream")
         return await self._whole(events, request)
 
-    async def _events(self, answer: Answer, request: Request, arrived: float) -> AsyncIterator[list]:
+    async def _events(self, request: Request, messages: list[dict], params: dict) -> AsyncIterator[list]:
         """The model's events up to the end; the work stops with this generator, whatever the reason.
 
         Raises:
             ApiError: for an error in the model, a time-out, or a client that has gone.
         """
+        request_id = request.state.id
+        answer = self.process.ask(request_id, messages, params)
+        give_up = functools.partial(self.process.give_up, request_id)
         # These two end the work by themselves: nobody takes events while a slow reader's socket is full.
         gone = asyncio.create_task(_disconnected(request))
-        gone.add_done_callback(lambda _: self.process.give_up(answer, 499, "The client has gone."))
+        gone.add_done_callback(lambda _: give_up(499, "The client has gone."))
         late = f"The answer took longer than {self.timeout:g} s."
-        alarm = asyncio.get_running_loop().call_later(self.timeout, self.process.give_up, answer, 504, late)
-        first = True
+        alarm = asyncio.get_running_loop().call_later(self.timeout, give_up, 504, late)
+        waiting = True
+        metrics.WAITING.inc()
         try:
             while True:
-                event = await answer.events.get()
+                event = await answer.get()
                 if event[0] == "error":
                     raise ApiError(*event[1:])
-                if event[0] == "text" and first:
-                    self.metrics.first_token.observe(time.perf_counter() - arrived)
-                    first = False
+                if event[0] == "text" and waiting:
+                    waiting = False
+                    metrics.WAITING.dec()
+                    metrics.FIRST_TOKEN.observe(time.perf_counter() - request.state.began)
                 yield event
                 if event[0] == "end":
                     return
         finally:
+            if waiting:
+                metrics.WAITING.dec()
             alarm.cancel()
             gone.cancel()
-            self.process.close(answer)
+            self.process.close(request_id)
 
     async def _whole(self, events: AsyncIterator[list], request: Request) -> Response:
         pieces = []
@@ -170,18 +158,18 @@ class ChatServer:
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
         head = self._head(request, "chat.completion")
-        return JSONResponse(head | {"choices": [choice], "usage": _usage(*usage)})
+        return JSONResponse(head | {"choices": [choice], "usage": usage})
 
     async def _chunks(
         self, events: AsyncIterator[list], request: Request, call: ChatRequest
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         include_usage = bool(call.stream_options and call.stream_options.include_usage)
         head = self._head(request, "chat.completion.chunk") | ({"usage": None} if include_usage else {})
 
-        def chunk(delta: dict, finish_reason: str | None = None) -> str:
+        def chunk(delta: dict, finish_reason: str | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            return _sse(head | {"choices": [choice]})
+            return server_sent(head | {"choices": [choice]})
 
         try:
             yield chunk({"role": "assistant", "content": ""})
@@ -191,46 +179,24 @@ class ChatServer:
             usage, finish_reason = event
             yield chunk({}, finish_reason)
             if include_usage:
-                yield _sse(head | {"choices": [], "usage": _usage(*usage)})
-            yield "data: [DONE]\n\n"
+                yield server_sent(head | {"choices": [], "usage": usage})
+            yield b"data: [DONE]\n\n"
         except ApiError as error:
-            request.state.failed = error.status
-            log.warning("%s %d %r", request.state.id, error.status, str(error))
-            yield _sse(error.body())
+            yield last_event(request, error)
 
     def _head(self, request: Request, kind: str) -> dict:
         answer_id = request.state.id.replace("req_", "chatcmpl-")
-        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": self.model.name}
-
-
-def _usage(prompt: int, completion: int) -> dict:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _sse(data: dict) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+        return {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.process.model.name,
+        }
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class _Server(uvicorn.Server):
-    """Sends clients that still wait at the end of the grace period a 503.
-
-    Uvicorn (0.54) has no hook for that moment, so this overrides its `shutdown`. If uvicorn no longer calls
-    it, test_a_stopped_server_waits_only_so_long_and_says_so fails.
-    """
-
-    def __init__(self, config: uvicorn.Config, chat: ChatServer, grace: int):
-        super().__init__(config)
-        self._chat = chat
-        self._grace = grace
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._grace, self._chat.stop)
-        await super().shutdown(sockets)
 
 
 def serve(
@@ -251,7 +217,8 @@ def serve(
     Args:
         model_uri: such as `models:/slm-onnx@champion`.
         host, port: the address to listen on; anything but this machine's loopback needs an API key.
-        api_key: None reads the environment variable OPENAI_SERVER_API_KEY.
+        api_key: what `Authorization: Bearer …` must hold under /v1 and for /metrics; None reads it from
+            OPENAI_SERVER_API_KEY. Without a key, requests must call this machine by a loopback name.
         tracking_uri: the store with the model and for traces; None for the project's.
         trace_sampling: share of the answers that leave an MLflow trace, 0.0 to 1.0.
         max_queue: requests in progress above which a new one is answered 429.
@@ -275,31 +242,25 @@ def serve(
     processes.refuse_if_taken(port, host)
     # Bound before the model is loaded, which takes long; connections are refused until it is.
     config = uvicorn.Config(
-        app=None,
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=grace + SHUTDOWN_NOTICE_SECONDS,
+        None, host, port, access_log=False, log_level="warning", timeout_graceful_shutdown=grace
     )
     listener = config.bind_socket()
     log.info("Loading %s", model_uri)
     model = model_process.running(model_uri, store, trace_sampling)
-    asyncio.run(_serve(model, config, listener, grace, (api_key, max_queue, max_body, timeout)))
+    settings = {"api_key": api_key, "max_queue": max_queue, "max_body": max_body, "timeout": timeout}
+    asyncio.run(_serve(model, functools.partial(ChatServer, **settings), config, listener))
 
 
 async def _serve(
-    model: contextlib.AbstractAsyncContextManager[ModelProcess],
+    model: AbstractAsyncContextManager[ModelProcess],
+    chat_server: Callable[[ModelProcess], ChatServer],
     config: uvicorn.Config,
     listener: socket.socket,
-    grace: int,
-    options: tuple,
 ) -> None:
     async with model as process:
-        chat = ChatServer(process, *options)
-        config.app = chat.app()
-        server = _Server(config, chat, grace)
-        events = asyncio.create_task(process.read_events(chat.metrics.count_tokens))
+        config.app = chat_server(process).app()
+        server = uvicorn.Server(config)
+        events = asyncio.create_task(process.read_events())
         events.add_done_callback(lambda _: setattr(server, "should_exit", True))
         name, port = listener.getsockname()[:2]
         url = f"http://{f'[{name}]' if ':' in name else name}:{port}/v1"

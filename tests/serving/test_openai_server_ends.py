@@ -11,7 +11,16 @@ from contextlib import closing
 import openai
 import psutil
 import pytest
-from serving_support import ENDLESS, QUESTION, body, eventually, is_openai_error, reply_on, running
+from serving_support import (
+    ENDLESS,
+    QUESTION,
+    body,
+    eventually,
+    find_trace,
+    is_openai_error,
+    reply_on,
+    running,
+)
 from support import connected, left
 
 from helpers.processes import free_port
@@ -86,11 +95,12 @@ def test_a_stopped_server_finishes_its_answers_and_takes_no_new_ones(smollm2_uri
 
 def test_a_stopped_server_waits_only_so_long_and_says_so(smollm2_uri, store, tmp_path):
     endless = body(model="smollm2", max_tokens=4000, **ENDLESS["extra_body"])
-    with running(smollm2_uri, store, tmp_path, grace=2) as server, ThreadPoolExecutor(1) as pool:
+    options = {"grace": 2, "trace_sampling": 1.0}
+    with running(smollm2_uri, store, tmp_path, **options) as server, ThreadPoolExecutor(1) as pool:
         processes = server.processes()
         whole = pool.submit(server.post, endless)
         chunks = iter(server.ask(stream=True, **ENDLESS))
-        next(chunks)
+        first = next(chunks)
         assert eventually(lambda: server.metric("chat_requests_in_progress") == 2)
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="The server is stopping"):
@@ -100,7 +110,11 @@ def test_a_stopped_server_waits_only_so_long_and_says_so(smollm2_uri, store, tmp
         assert int(whole.result().headers["retry-after"]) > 0
         assert server.process.wait(300) == 0
         assert left(processes) == []
-        assert "Traceback" not in server.log.read_text("utf-8")
+        log = server.log.read_text("utf-8")
+        assert log.count("POST '/v1/chat/completions' 503") == 2
+        assert "Traceback" not in log
+    (span,) = find_trace(store, first.id).data.spans
+    assert span.outputs["choices"][0]["finish_reason"] == "closed"
 
 
 def test_a_body_that_is_still_coming_when_the_server_is_cut_off_is_a_503(tiny_uri, store, tmp_path):

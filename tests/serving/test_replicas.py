@@ -99,10 +99,10 @@ def keep_asking(url: str, until: threading.Event, asked: list[Asked], streamed: 
 
 
 def test_when_one_endpoint_is_killed_only_its_streams_in_progress_are_cut(nginx, registered_onnx, tmp_path):
-    front, one, other = (processes.free_port() for _ in range(3))
-    path = configuration(tmp_path, {8080: front, 8001: one, 8002: other})
+    proxy, one, other = (processes.free_port() for _ in range(3))
+    path = configuration(tmp_path, {8080: proxy, 8001: one, 8002: other})
     settings = f"daemon off; pid {tmp_path / 'pid'}; error_log stderr;"
-    url = f"http://127.0.0.1:{front}"
+    url = f"http://127.0.0.1:{proxy}"
     asked: list[Asked] = []
     until = threading.Event()
     with ExitStack() as stack:

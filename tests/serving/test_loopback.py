@@ -129,7 +129,8 @@ def test_the_kernel_of_a_headless_run_listens_on_this_machine_only(tmp_path):
         "print(json.dumps([c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]))"
     )
     parameters = nbformat.v4.new_code_cell("model: str = 'x'", metadata={"tags": ["parameters"]})
-    book = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    book = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)], metadata=kernel)
     nbformat.write(book, tmp_path / "page.ipynb")
     notebooks.run({tmp_path / "page.ipynb": {}}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / "page.ipynb", as_version=4)

@@ -133,7 +133,10 @@ def check_tell(tell: Callable[[str, int], str]) -> str:
         raise NotChecked("the model's answers are empty; take a model that answers.")
     if len(set(texts)) == 1:
         wrong = f"seeds 1, 2 and 3 all gave {short(texts[0])}."
-        raise NotYet(wrong, "Greedy answers ignore the seed: ask with do_sample=True. Is it the seed given?")
+        raise NotYet(
+            wrong,
+            "Greedy answers ignore the seed: ask with do_sample=True, and set the seed that `tell` gets.",
+        )
     return "equal seeds give equal answers, other seeds other ones."
 
 

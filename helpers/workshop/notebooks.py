@@ -228,14 +228,15 @@ def save() -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    place = {"metadata": {"path": str(ROOT / "notebooks")}}
-    settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "resources": place}
+    settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "config": ENCRYPTED}
+    settings["resources"] = {"metadata": {"path": str(ROOT / "notebooks")}}
     with tempfile.TemporaryDirectory() as store:
         own = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "TMPDIR": store}
         for notebook in NOTEBOOKS.values():
             print(f"Executing {notebook.name} …", flush=True)
             book = nbformat.read(notebook, as_version=4)
-            NotebookClient(book, **settings, config=ENCRYPTED).execute(env=own)
+            # A line that was sent in two parts is saved as one.
+            NotebookClient(book, coalesce_streams=True, **settings).execute(env=own)
             # The outputs do not depend on the patch release.
             book.metadata.language_info.pop("version", None)
             book.metadata["made_from"] = fingerprint(book)

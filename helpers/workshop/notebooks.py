@@ -109,12 +109,15 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
         # A run that was killed may have left its own.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
+        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
+        tempfile.tempdir = None
         try:
             _fetch(notebook, values)
             _execute(notebook, values, folder / notebook.name, places.relative(executed))
         finally:
             _keep(folder / notebook.name, executed)
             shutil.rmtree(folder, ignore_errors=True)
+            tempfile.tempdir = None
         html.write_text(written.stamped(_html(executed)), encoding="utf-8")
     return html
 

@@ -277,6 +277,15 @@ def executed(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "page.ipynb", folder / "out"
 
 
+@pytest.mark.key
+@pytest.mark.kernel
+def test_one_run_executes_one_notebook_after_the_other(executed, tmp_path):
+    source, _ = executed
+    shutil.copy(source, tmp_path / "second.ipynb")
+    pages = notebooks.run({source: {}, tmp_path / "second.ipynb": {}}, tmp_path / "out")
+    assert [printed(page.with_suffix(".ipynb")) for page in pages] == ["a run\n", "a run\n"]
+
+
 @pytest.mark.kernel
 def test_a_run_writes_over_an_earlier_one_also_after_the_source_has_changed(executed, tmp_path):
     source, out = executed

@@ -30,18 +30,21 @@ def connected(uri: str) -> Iterator[None]:
 
 def left(family: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
     """Those that still run after a while; one that only waits to be reaped by the first process does not."""
+    eventually(lambda: not any(map(processes.runs, family)), seconds)
+    return [each for each in family if processes.runs(each)]
+
+
+def eventually(check: Callable[[], object], seconds: float = 120) -> object:
+    """What `check` gives, as soon as that is true."""
     deadline = time.monotonic() + seconds
-    while (rest := [each for each in family if processes.runs(each)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return rest
+    while not (result := check()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return result
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 600) -> None:
     """Wait until a condition holds; fail if it never does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
+    assert eventually(condition, seconds), "it never came"
 
 
 def wait_until_it_answers(url: str, process: subprocess.Popen, log=None) -> None:

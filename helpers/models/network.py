@@ -24,7 +24,7 @@ def wrong_setting(certificates: tuple[str, ...]) -> str:
         A sentence, in which a proxy's password is left out; "" if nothing is wrong.
     """
     for name, value in os.environ.items():
-        if name in certificates and value and not _has_certificates(value):
+        if name in certificates and value and not _has_certificates(Path(value)):
             return f"{name}={value!r} is no file with certificates. Correct it, or unset it."
         if name.lower() in PROXIES and value and not _answers(value):
             proxy = value.rpartition("@")[2].rpartition("://")[2]
@@ -61,9 +61,12 @@ def hub_fault(error: Exception, repo: str, revision: str) -> str:
     return f"{repo} could not be fetched ({cause}). {step}"
 
 
-def _has_certificates(file: str) -> bool:
+def _has_certificates(path: Path) -> bool:
+    """Whether a file of certificates can be read. `requests` takes a folder of them as well."""
+    if path.is_dir():
+        return True
     try:
-        ssl.create_default_context(cafile=Path(file))
+        ssl.create_default_context(cafile=path)
     except OSError:
         return False
     return True

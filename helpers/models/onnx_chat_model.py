@@ -334,11 +334,7 @@ class Completion:
         """Yield the text from its beginning, as it is decoded, in whole characters. Leaving early closes."""
         sent = 0
         try:
-            while True:
-                with self._news:
-                    self._news.wait_for(lambda sent=sent: self.finish_reason or len(self._pieces) > sent)
-                if sent == len(self._pieces):
-                    break
+            while self._wait_for_piece(sent):
                 yield self._pieces[sent]
                 sent += 1
             self.result()
@@ -392,6 +388,12 @@ class Completion:
             self._news.notify_all()
             return not reason
 
+    def _wait_for_piece(self, sent: int) -> bool:
+        """Wait for a piece after `sent` of them, or for the end; whether there is such a piece."""
+        with self._news:
+            self._news.wait_for(lambda: self.finish_reason or len(self._pieces) > sent)
+        return len(self._pieces) > sent
+
 
 def first_stop(text: str, stops: list[str]) -> int | None:
     """Where the stop text begins that is complete first; None if there is none."""
@@ -408,7 +410,6 @@ def possible_stop(text: str, stops: list[str]) -> int:
     return len(text)
 
 
-@dataclass(eq=False)
 class Decoder:
     """Decodes rows in batches, in one thread that lives while there is work, and IDLE seconds more.
 
@@ -417,16 +418,17 @@ class Decoder:
     queue 253 and 1.91 with one active batch, 243 and 0.09 with two, 199 and 0.10 with three.
     """
 
-    model: og.Model
-    pad: int
-    max_rows: int
-    max_tokens: int
-    # Tokens for which KV memory must be reserved at least: see `attention_limits`.
-    window: int = 0
-    # The rows of each call; the first call is next.
-    waiting: dict[object, list[Completion]] = field(default_factory=dict)
-    news: threading.Condition = field(default_factory=threading.Condition)
-    running: bool = False
+    def __init__(self, model: og.Model, pad: int, max_rows: int, max_tokens: int, window: int = 0):
+        self.model = model
+        self.pad = pad
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        # Tokens for which KV memory must be reserved at least: see `attention_limits`.
+        self.window = window
+        # The rows of each call; the first call is next.
+        self.waiting: dict[object, list[Completion]] = {}
+        self.news = threading.Condition()
+        self.running = False
 
     def submit(self, rows: list[Completion]) -> None:
         """Queue the rows of a call, longest prompt first, and return at once."""
@@ -452,12 +454,8 @@ class Decoder:
                 self.start_batch(active)
             if active:
                 self.step(active)
-            else:
-                with self.news:
-                    self.running = bool(self.news.wait_for(lambda: self.waiting, IDLE))
-                    if not self.running:
-                        # `submit` starts the next thread.
-                        return
+            elif not self.wait_for_rows():
+                return
 
     def start_batch(self, active: deque) -> None:
         """Take rows from the queue and add their batch to the active ones, if there are any to take."""
@@ -482,6 +480,12 @@ class Decoder:
             for row in rows:
                 # Without its traceback, which would keep the batch's memory.
                 row.advance("", "error", error.with_traceback(None))
+
+    def wait_for_rows(self) -> bool:
+        """Wait IDLE seconds for rows; whether some came. If none did, `submit` starts the next thread."""
+        with self.news:
+            self.running = bool(self.news.wait_for(lambda: self.waiting, IDLE))
+            return self.running
 
     def decode(self, rows: list[Completion]) -> Iterator[None]:
         """The steps of one batch."""

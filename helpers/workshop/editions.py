@@ -18,7 +18,11 @@ BLANK = "...  # your code here"
 
 
 def blank(source: str) -> str:
-    """Take the solution out of a cell: the bodies of functions, assigned values, and all other statements."""
+    """Take the solution out of a cell: the bodies of functions, assigned values, and all other statements.
+
+    Raises:
+        ValueError: if nothing would be left to fill in, or no check to run.
+    """
     # `ast.unparse` writes a name as it stands, and drops real comments.
     placeholder = ast.Name(BLANK)
     parts, checks = [], []
@@ -32,6 +36,8 @@ def blank(source: str) -> str:
                 parts.append(f"{ast.unparse(target)} = {BLANK}")
             case ast.Expr(ast.Call(ast.Attribute(ast.Name("exercises")))):
                 checks.append(ast.unparse(node))
+    if not (parts and checks):
+        raise ValueError(f"A solution needs a name to fill in and a call of its check:\n{source}")
     return "\n\n\n".join(["\n".join(parts), *checks])
 
 
@@ -62,9 +68,9 @@ def write(output: Path) -> list[Path]:
     books = {path.name: nbformat.read(path, as_version=4) for path in notebooks.NOTEBOOKS.values()}
     editions = {output / "student" / name: student(book) for name, book in books.items()}
     editions |= {output / "full" / name: book for name, book in books.items()}
-    written.prepare(editions)
+    written.prepare([output / "student", output / "full"], editions, "student")
     for path, book in editions.items():
         notebooks.relink(book, path.parent)
-        written.stamp(book)
+        written.stamp(book, "student")
         nbformat.write(book, path)
     return list(editions)

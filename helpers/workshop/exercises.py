@@ -65,7 +65,7 @@ def exercise(number: str, hint: str) -> Callable[[Callable[..., str]], Callable[
             except NotChecked as reason:
                 print(f"– Exercise {number} was not checked: {reason}")
                 return
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 wrong = error if isinstance(error, NotYet) else NotYet(f"it raised {short(error, 100)}")
                 advice = wrong.hint or hint
                 print(f"✗ Exercise {number}, not yet: {wrong}\n  Hint: {advice}")
@@ -101,7 +101,7 @@ def call(function: Callable, *arguments: object) -> Any:
 
 def short(thing: object, length: int = 60) -> str:
     """A value or an exception in one line."""
-    text = f"{type(thing).__name__}: {thing}" if isinstance(thing, Exception) else repr(thing)
+    text = f"{type(thing).__name__}: {thing}" if isinstance(thing, BaseException) else repr(thing)
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 1]}…"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from traitlets.config import Config
@@ -84,7 +86,8 @@ def run(chosen: dict[Path, dict[str, object]], output: Path) -> list[Path]:
         NotebookError: when the model's files cannot be had; when a cell fails, the executed copy up to that
             cell is kept for reading.
     """
-    written.prepare([output / f"{path.stem}{suffix}" for path in chosen for suffix in (".ipynb", ".html")])
+    files = [output / f"{path.stem}{suffix}" for path in chosen for suffix in (".ipynb", ".html")]
+    written.prepare([output], files, "run")
     return [_produce(path, values, output) for path, values in chosen.items()]
 
 
@@ -99,36 +102,45 @@ def _produce(notebook: Path, values: dict[str, object], output: Path) -> Path:
     except Timeout:
         print(f"Waiting: another run writes {places.relative(executed)}.", flush=True)
         held = lock.acquire()
-    # MLflow writes a whole model to the temporary folder, and the system's own is in memory on many machines.
-    folder = output.resolve() / f".{notebook.stem}.tmp"
-    with held, processes.variables(TMPDIR=str(folder)):
+    with held, _temporary_folder(output.resolve() / f".{notebook.stem}.tmp") as folder:
         # Minutes may have passed since the first look.
-        written.prepare([executed, html])
+        written.prepare([output], [executed, html], "run")
         for earlier in (executed, html):
             earlier.unlink(missing_ok=True)
-        # A run that was killed may have left its own.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
-        tempfile.tempdir = None
-        try:
-            _fetch(notebook, values)
-            _execute(notebook, values, folder / notebook.name, places.relative(executed))
-        finally:
-            _keep(folder / notebook.name, executed)
-            shutil.rmtree(folder, ignore_errors=True)
-            tempfile.tempdir = None
-        html.write_text(written.stamped(_html(executed)), encoding="utf-8")
+        _fetch(notebook, values)
+        _execute(notebook, values, executed, folder / notebook.name)
+        draft = folder / html.name
+        draft.write_text(written.stamped(_html(executed), "run"), encoding="utf-8")
+        draft.replace(html)
     return html
 
 
-def _execute(notebook: Path, values: dict[str, object], draft: Path, kept: str) -> None:
-    """Execute a notebook as `draft`, which is kept as `kept` also when a cell failed."""
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for all temporary files of this process and its kernel, which goes with the block.
+
+    MLflow writes a whole model there, and the system's own folder is in memory on many machines.
+    """
+    # A run that was killed may have left its own.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with processes.variables(TMPDIR=str(folder)):
+        # Python looks at TMPDIR once and remembers what it found. Set to None, it looks again.
+        tempfile.tempdir = None
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            tempfile.tempdir = None
+
+
+def _execute(notebook: Path, values: dict[str, object], executed: Path, draft: Path) -> None:
+    """Execute a notebook as `draft`, which then becomes `executed`, also when a cell failed."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    until_then = f"What it did until then: {kept}"
+    until_then = f"What it did until then: {places.relative(executed)}"
     given = {"kernel_name": "python3", "cwd": str(ROOT), "config": ENCRYPTED}
     try:
         papermill.execute_notebook(notebook, draft, values, **given)
@@ -146,6 +158,8 @@ def _execute(notebook: Path, values: dict[str, object], draft: Path, kept: str) 
         # nbclient (0.11) no longer awaits its task then, and asyncio would report at length that it failed.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise
+    finally:
+        _keep(draft, executed)
 
 
 def _fetch(notebook: Path, values: dict[str, object]) -> None:
@@ -177,8 +191,9 @@ def _keep(draft: Path, executed: Path) -> None:
         book = nbformat.read(draft, as_version=4)
     except (FileNotFoundError, ValueError):
         return
+    book.metadata.papermill.output_path = str(executed)
     relink(book, executed.parent)
-    written.stamp(book)
+    written.stamp(book, "run")
     nbformat.write(book, draft)
     draft.replace(executed)
 
@@ -226,10 +241,14 @@ def save() -> None:
     """Execute both notebooks with their defaults in one empty MLflow store and write them back with outputs.
 
     An empty store makes the first registered version number 1, as a reader will see it. A notebook's metadata
-    records what its outputs were made from. One that fails stays as it was.
+    records what its outputs were made from.
+
+    Raises:
+        NotebookError: when a cell fails; that notebook on disk stays as it was.
     """
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
     settings = {"kernel_name": "python3", "timeout": None, "record_timing": False, "config": ENCRYPTED}
     settings["resources"] = {"metadata": {"path": str(ROOT / "notebooks")}}
@@ -238,8 +257,11 @@ def save() -> None:
         for notebook in NOTEBOOKS.values():
             print(f"Executing {notebook.name} …", flush=True)
             book = nbformat.read(notebook, as_version=4)
-            # A line that was sent in two parts is saved as one.
-            NotebookClient(book, coalesce_streams=True, **settings).execute(env=own)
+            try:
+                # A line that was sent in two parts is saved as one.
+                NotebookClient(book, coalesce_streams=True, **settings).execute(env=own)
+            except CellExecutionError as error:
+                raise NotebookError(f"{notebook.name} was not saved: {error.ename}: {error.evalue}") from None
             # The outputs do not depend on the patch release.
             book.metadata.language_info.pop("version", None)
             book.metadata["made_from"] = fingerprint(book)

@@ -81,8 +81,10 @@ def test_a_setting_that_cannot_work_is_named(monkeypatch, certificates, name, va
     assert sentence in said
 
 
-def test_what_is_not_used_or_works_is_not_blamed(monkeypatch):
+def test_what_is_not_used_or_works_is_not_blamed(monkeypatch, tmp_path):
     assert network.wrong_setting(HUB) == ""
+    monkeypatch.setenv("PIP_CERT", str(tmp_path))  # a folder of certificates
+    assert network.wrong_setting(PIP) == ""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
     monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
     with socket.create_server(("127.0.0.1", 0)) as proxy:

@@ -31,6 +31,8 @@ NO_SERVER = ("-p", "serve", "False")
 PAUSE = "import time; time.sleep(600)"
 # One for each kind of step: (notebook, what it does then) → where it is killed.
 STAGES = {
+    ("01", "fetching"): Fault("fetch.checkpoint(", "from_pretrained"),
+    ("01", "tracing"): Fault("@mlflow.trace", "update_current_trace"),
     ("02", "logging"): Fault("my-own-wrapper", "finalize_logged_model"),
     ("02", "registering"): Fault("client.set_registered_model_alias", "set_registered_model_alias"),
     ("02", "evaluating"): Fault("evaluation.compare(", "footprint"),

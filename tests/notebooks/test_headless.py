@@ -25,7 +25,7 @@ from papermill.translators import PythonTranslator
 
 from helpers import ROOT, tracking
 from helpers.__main__ import main
-from helpers.workshop import notebooks
+from helpers.workshop import notebooks, written
 
 pytestmark = pytest.mark.command
 
@@ -257,6 +257,16 @@ def no_notebook(path):
     path.write_text("[]", encoding="utf-8")
 
 
+def papermill_by_hand(path):
+    papermill.execute_notebook(path, path, progress_bar=False)
+
+
+def the_students_edition(path):
+    book = nbformat.read(path, as_version=4)
+    written.stamp(book, "student")
+    nbformat.write(book, path)
+
+
 def a_saved_page(path):
     path.write_text(path.read_text(encoding="utf-8").replace("a run", "my run"), encoding="utf-8")
 
@@ -359,6 +369,7 @@ def test_a_second_run_into_the_same_folder_waits_for_the_first(executed, tmp_pat
     ("change", "name"),
     [
         *((change, "page.ipynb") for change in (an_added_cell, another_output, a_text, no_notebook)),
+        *((change, "page.ipynb") for change in (papermill_by_hand, the_students_edition)),
         *((change, "page.html") for change in (a_saved_page, a_text)),
         *((a_folder_by_its_name, name) for name in ("page.ipynb", "page.html")),
         *((a_link_by_its_name, name) for name in ("page.ipynb", "page.html")),
@@ -369,7 +380,7 @@ def test_nothing_but_an_earlier_runs_own_file_is_written_over(change, name, exec
     shutil.copytree(out, tmp_path / "out")
     change(tmp_path / "out" / name)
     before = everything_in(tmp_path)
-    with pytest.raises(ValueError, match=rf"{name} has been worked in, or was not written by this"):
+    with pytest.raises(ValueError, match=rf"{name} has been worked in, or was not written by `run`"):
         notebooks.run({source: {}}, tmp_path / "out")
     assert everything_in(tmp_path) == before
 

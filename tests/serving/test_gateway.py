@@ -12,8 +12,8 @@ import httpx
 import mlflow
 import openai
 import pytest
-from serving_support import QUESTION, eventually
-from support import connected, make
+from serving_support import QUESTION
+from support import connected, eventually, make
 
 from helpers import ROOT, processes
 

@@ -25,14 +25,13 @@ from serving_support import (
     QUESTION,
     Server,
     body,
-    eventually,
     find_trace,
     is_openai_error,
     reply_on,
     running,
     with_system,
 )
-from support import connected
+from support import connected, eventually
 
 from helpers import processes
 from helpers.models import onnx_chat_model

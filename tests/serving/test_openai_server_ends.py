@@ -11,17 +11,8 @@ from contextlib import closing
 import openai
 import psutil
 import pytest
-from serving_support import (
-    ENDLESS,
-    QUESTION,
-    body,
-    eventually,
-    find_trace,
-    is_openai_error,
-    reply_on,
-    running,
-)
-from support import connected, left
+from serving_support import ENDLESS, QUESTION, body, find_trace, is_openai_error, reply_on, running
+from support import connected, eventually, left
 
 from helpers.processes import free_port
 from helpers.serving import openai_server

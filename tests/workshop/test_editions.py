@@ -47,6 +47,12 @@ def test_an_assigned_name_stays_and_its_value_goes_with_all_that_leads_to_it():
     assert editions.blank(source) == "best = ...  # your code here\n\n\nexercises.check_best_run(globals())"
 
 
+@pytest.mark.parametrize("source", ["best = 1", "print(1)", "exercises.check_tell(globals())", ""])
+def test_a_solution_without_a_name_to_fill_in_or_without_a_check_is_refused(source):
+    with pytest.raises(ValueError, match="needs a name to fill in"):
+        editions.blank(source)
+
+
 @every_notebook
 def test_the_student_edition_differs_in_the_solutions_only(book):
     student = editions.student(book)

@@ -362,13 +362,27 @@ def test_a_learners_file_is_written_wherever_the_project_lies(tmp_path, monkeypa
     assert str(tmp_path) not in capsys.readouterr().out
 
 
-def test_a_check_that_cannot_go_on_is_a_verdict_as_well(capsys):
+def test_a_learners_file_goes_to_a_folder_of_its_own_where_the_project_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "out").write_text("no folder can be made here", encoding="utf-8")
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
+    file = Path(exercises.own_file("my_model.py"))
+    file.write_text("x = 1", encoding="utf-8")
+    assert file.resolve().parent != tmp_path
+    shutil.rmtree(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(OSError("the store\nis gone"), "OSError: the store is gone"), (SystemExit(3), "SystemExit: 3")],
+    ids=["an error", "sys.exit"],
+)
+def test_a_check_that_cannot_go_on_is_a_verdict_as_well(raised, said, capsys):
     @exercises.exercise("9.9", "Look again.")
     def check(answer):
         """Any."""
-        raise OSError("the store\nis gone")
+        raise raised
 
     check({"answer": 1})
-    assert capsys.readouterr().out == (
-        "✗ Exercise 9.9, not yet: it raised OSError: the store is gone\n  Hint: Look again.\n"
-    )
+    assert capsys.readouterr().out == (f"✗ Exercise 9.9, not yet: it raised {said}\n  Hint: Look again.\n")

@@ -4,9 +4,9 @@
 
 int8 is compared with llama.cpp's Q8_0 and int4 with its Q4_1, with one request and with sixteen. Rounds are
 short and ask every peer once, in random order; the first warms up and is dropped. Figures are the best of the
-rounds, ratios those of the best, for a busy machine only ever takes away. Memory is that of a process with
-the wrapper alone. They are printed and written to benchmarks/results/wrapper.json; benchmarks/README.md says
-how to read them.
+rounds, ratios those of the best, for a busy machine only ever takes away. They are printed and written to
+benchmarks/results/wrapper.json. The memory of a process with the wrapper alone, which takes as long again, is
+added at the end. benchmarks/README.md says how to read them.
 """
 
 import argparse
@@ -47,8 +47,8 @@ AIMS = {  # ratio: (aim, whether more is better); without an aim it is reported 
     "int8: wrapper ÷ Transformers pipeline, tok/s": (6, True),
     "int8: 8 threads ÷ 1, total tok/s": (2, True),
     "int8: stream ÷ bare genai loop, time to first token": (1.1, False),
-    "int8: memory after 1,000 mixed requests ÷ after 10": (1.05, False),
 }
+GROWTH, GROWTH_AIM = "int8: memory after 1,000 mixed requests ÷ after 10", (1.05, False)
 FORMATS = {"int8": "Q8_0", "int4": "Q4_1"}  # precision: llama.cpp's format of as many bits
 STORY = "Write a long story about {}."
 THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "a king", "snow", "a garden")
@@ -288,10 +288,11 @@ def main() -> None:
                     samples[name].append(measured)
             if turn % 6 == 1:
                 threads.append(eight_threads_and_one(onnx_peers["int8"]))
+        result = compared(best(samples), max(threads), read, vars(given))
         fresh = multiprocessing.get_context("spawn")  # this process holds every peer's memory
         with ProcessPoolExecutor(1, mp_context=fresh) as alone:
             memory = alone.submit(memory_growth, onnx_peers["int8"].folder).result()
-    report(best(samples), max(threads), read, memory, vars(given))
+    grown(result, memory)
 
 
 def gguf(model: catalog.Model) -> Path:
@@ -334,7 +335,7 @@ def best(samples: dict[str, list]) -> dict[str, dict]:
     }
 
 
-def ratios(peers: dict[str, dict], threads: float, memory: dict[int, int]) -> dict[str, float]:
+def ratios(peers: dict[str, dict], threads: float) -> dict[str, float]:
     """The ratios that AIMS names, in its order."""
 
     def rate(over: str, under: str, of: str = "tokens_per_second") -> float:
@@ -349,14 +350,13 @@ def ratios(peers: dict[str, dict], threads: float, memory: dict[int, int]) -> di
         rate("int8 wrapper", "Transformers pipeline"),
         threads,
         rate("int8 wrapper", "int8 bare genai loop", "first_token_ms"),
-        memory[1000] / memory[10],
     )
     return {name: round(value, 3) for name, value in zip(AIMS, values, strict=True)}
 
 
-def report(peers: dict, threads: float, read: dict, memory: dict, settings: dict) -> None:
-    """Print both tables and write the result."""
-    found = ratios(peers, threads, memory)
+def compared(peers: dict, threads: float, read: dict, settings: dict) -> dict:
+    """Print the peers and their ratios, write them, and return what was written."""
+    found = ratios(peers, threads)
     print(f"\n{'peer':<26}{'tok/s':>8}{'first token, ms':>18}{'MB read a token':>18}")
     for name, figures in peers.items():
         size = f"{read[name] / 1e6:.0f}" if name in read else ""
@@ -364,10 +364,21 @@ def report(peers: dict, threads: float, read: dict, memory: dict, settings: dict
     print(f"\n{'ratio':<56}{'measured':>9}{'aim':>8}")
     for name, aim in AIMS.items():
         print(f"{name:<56}{found[name]:>9.2f}{judged(found[name], aim)}")
-    print(f"\nmemory, MB: {', '.join(f'{mb} after {number}' for number, mb in memory.items())}")
     result = {"settings": settings, "peers": peers, "bytes_read_a_token": read, "ratios": found}
-    result["memory_mb_after"] = memory
-    print(f"\nwritten: {machine.write('wrapper', result, 'llama-cpp-python').relative_to(Path.cwd())}")
+    write(result)
+    return result
+
+
+def grown(result: dict, memory: dict[int, int]) -> None:
+    """Print how memory grew, and write it beside what is in `result`."""
+    growth = round(memory[1000] / memory[10], 3)
+    print(f"\n{GROWTH:<56}{growth:>9.2f}{judged(growth, GROWTH_AIM)}")
+    print(f"memory, MB: {', '.join(f'{mb} after {number}' for number, mb in memory.items())}")
+    write(result | {"ratios": result["ratios"] | {GROWTH: growth}, "memory_mb_after": memory})
+
+
+def write(result: dict) -> None:
+    print(f"\nwritten: {machine.write('wrapper', result, 'llama-cpp-python')}")
 
 
 def judged(value: float, aim: tuple[float, bool] | None) -> str:

@@ -17,7 +17,8 @@ from reasons import pytest_collection_modifyitems  # noqa: F401 (pytest calls it
 # same cores wait for each other most of the time. PyTorch counts the cores when it is imported.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
     every, cores = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: every] or cores)
+    number = int(worker.removeprefix("gw"))
+    os.sched_setaffinity(0, cores[number::every] or [cores[number % len(cores)]])
 
 from helpers import ROOT, environment, tracking  # first: importing helpers turns telemetry off
 from helpers.models import catalog, export, fetch, onnx_chat_model

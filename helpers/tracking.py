@@ -64,6 +64,7 @@ def connect(tracking_uri: str, experiment: str) -> str:
     os.environ.pop("MLFLOW_RUN_ID", None)
     uri = open_store(tracking_uri)
     _enter_workspace(uri, experiment)
+    _wait_for_workspaces(uri)
     number = choose_experiment(
         experiment, f"choose another name: -p experiment {shlex.quote(experiment + '-2')}"
     )
@@ -164,6 +165,28 @@ def _enter_workspace(uri: str, experiment: str) -> None:
             return
     mlflow.set_workspace(name)
     _entered = name
+
+
+def _wait_for_workspaces(uri: str) -> None:
+    """Let MLflow's two clients, of runs and of models, hear from a busy server that it has workspaces.
+
+    They ask once and wait three seconds (MLflow 3.17), which is too short when thirty learners start at once.
+    Each remembers the answer, and does not ask again.
+    """
+    import mlflow
+
+    if not uri.startswith(("http:", "https:")) or not os.environ.get("MLFLOW_WORKSPACE"):
+        return
+    client = mlflow.MlflowClient()
+    for ask in (client.search_experiments, client.search_registered_models):
+        for _ in range(10):
+            try:
+                ask(max_results=1)
+            except mlflow.MlflowException as error:
+                # Anything else shows in what comes next.
+                if "timed out" in str(error):
+                    continue
+            break
 
 
 def _workspace_name(experiment: str) -> str:

@@ -133,10 +133,8 @@ def check_tell(tell: Callable[[str, int], str]) -> str:
         raise NotChecked("the model's answers are empty; take a model that answers.")
     if len(set(texts)) == 1:
         wrong = f"seeds 1, 2 and 3 all gave {short(texts[0])}."
-        raise NotYet(
-            wrong,
-            "Greedy answers ignore the seed: ask with do_sample=True, and set the seed that `tell` gets.",
-        )
+        hint = "Greedy answers ignore the seed: ask with do_sample=True, and set the seed that `tell` gets."
+        raise NotYet(wrong, hint)
     return "equal seeds give equal answers, other seeds other ones."
 
 
@@ -175,9 +173,7 @@ def check_move_alias(
     held = text.strip().rpartition(" ")[2]
     client, alias = mlflow.MlflowClient(), f"exercise-{uuid.uuid4().hex[:8]}"
     inside = "Set the alias inside an `if` that looks for `expected` in the answer."
-    to_number = (
-        "Ask with chosen.messages(question), whose system turn matters, and set the alias to `number`."
-    )
+    to_number = "Ask with chosen.messages(question), with its system turn, and set the alias to `number`."
     try:
         for expected, moves, hint in (("42 purple elephants", False, inside), (held, True, to_number)):
             returned = call(move_alias, alias, version.version, question, expected)

@@ -6,8 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -125,6 +128,44 @@ def test_thirty_learners_log_at_once_and_nothing_is_lost(
     assert found["models registered"] == LEARNERS
     assert found["requests answered"] > found["runs expected"] * 10
     assert found["answered 5xx"] == 0
+
+
+@pytest.fixture
+def busy(server) -> Iterator[str]:
+    """A way to the server on which its first two answers about itself take longer than MLflow waits."""
+    delays = [4, 4]
+
+    class Forward(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if "server-info" in self.path and delays:
+                time.sleep(delays.pop())
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            answer = requests.request(self.command, server + self.path, data=body, headers=headers)
+            with suppress(ConnectionError):  # The client may have gone.
+                self.send_response(answer.status_code)
+                self.send_header("Content-Length", str(len(answer.content)))
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as forwarder:
+        threading.Thread(target=forwarder.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{forwarder.server_port}"
+        forwarder.shutdown()
+    assert not delays
+
+
+def test_a_learner_waits_for_a_server_that_is_busy_with_twenty_nine_others(busy):
+    with connected(busy):
+        with mlflow.start_run() as run:
+            mlflow.log_metric("seconds", 1.5)
+        assert mlflow.get_run(run.info.run_id).data.metrics == {"seconds": 1.5}
+        assert mlflow.search_registered_models() == []
 
 
 @pytest.mark.timeout(1800)  # two notebooks, on any machine

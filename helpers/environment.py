@@ -89,22 +89,21 @@ def _fingerprint(prefix: Path, lock: Path) -> str:
 def _install(python: Path, lock: Path, wheelhouse: Path | None) -> None:
     """Install the lock and this project with uv, which pip brings in the locked version."""
     pip = [python, "-m", "pip", "install", "--quiet"]
+    uv = [python, "-m", "uv", "pip", "install", "--python", python]
+    uv_pin = re.search(r"^uv==[^\s;]+", lock.read_text("utf-8"), re.MULTILINE)[0]
     # Bytecode is made once, here: a process that imports mlflow then starts in 2 s rather than 8, also where
     # Python is told to write none.
-    uv = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
-    uv_pin = re.search(r"^uv==[^\s;]+", lock.read_text("utf-8"), re.MULTILINE)[0]
+    compiled = {"UV_COMPILE_BYTECODE": "1"}
     if wheelhouse:
         alone = ["--no-index", "--find-links", wheelhouse]
         uv += ["--no-config", "--offline", *alone]
-        settings = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("UV_") or name == "UV_CACHE_DIR"
-        }
+        kept = ("UV_CACHE_DIR", *compiled)
+        own = {name: value for name, value in os.environ.items() if name in kept or name[:3] != "UV_"}
+        settings = compiled | own
         _show([*pip, "--isolated", *alone, uv_pin])
         _show([*uv, "--require-hashes", "-r", wheelhouse / CONTENTS], settings)
     else:
-        settings = os.environ | uv_settings(pip_configuration(python))
+        settings = compiled | os.environ | uv_settings(pip_configuration(python))
         _show([*pip, uv_pin])
         _install_lock([*uv, "-r", lock], settings)
     _show([*uv, "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT], settings)

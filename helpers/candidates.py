@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-import multiprocessing
-import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -155,26 +155,15 @@ def footprint(folder: Path, chat: Chat) -> dict[str, float]:
         `load_seconds`: `mlflow.pyfunc.load_model`, with the imports it causes. `memory_mb`: what loading and
         answering added to the resident set of a process that has only imported MLflow. `size_mb`: on disk.
     Raises:
-        RuntimeError: if the process fails, with the reason.
+        RuntimeError: if the process fails, with the last line it printed.
     """
-    kinds = multiprocessing.get_all_start_methods()
-    fresh = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
-    # Where a process can be forked, MLflow is imported once for all of them.
-    fresh.set_forkserver_preload(["helpers", "mlflow.pyfunc"])
-    try:
-        with ProcessPoolExecutor(1, mp_context=fresh, initializer=_silence) as pool:
-            found = pool.submit(_footprint_here, str(folder), chat).result()
-    except Exception as error:
-        raise RuntimeError(f"The model in {folder} could not be loaded and asked: {error}") from None
+    command = [sys.executable, "-m", "helpers.candidates", str(folder), json.dumps(chat)]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise RuntimeError(f"The model in {folder} could not be loaded and asked: {lines[-1]}")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return found | {"size_mb": size / 1e6}
-
-
-def _silence() -> None:
-    """Keep what loading prints out of the notebook, which shows all that its processes write."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
+    return json.loads(result.stdout.strip().splitlines()[-1]) | {"size_mb": size / 1e6}
 
 
 def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
@@ -187,3 +176,7 @@ def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
     load_seconds = time.perf_counter() - start
     answer(loaded, [chat], max_new_tokens=16)
     return {"load_seconds": load_seconds, "memory_mb": (process.memory_info().rss - before) / 1e6}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_footprint_here(sys.argv[1], json.loads(sys.argv[2]))))

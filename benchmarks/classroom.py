@@ -55,19 +55,19 @@ def main() -> None:
         folder = Path(place)
         folder.chmod(0o755)  # root's PostgreSQL runs as another user
         with classroom.running(folder, port=None, workers=options.workers) as uri:
-            result = measure(uri, folder, options.learners, RUNS, options.steps)
+            result = measure(uri, folder, options.learners, options.steps)
             result["exercises"] = exercises(uri, options.learners)
     result = {"server workers": options.workers, **result}
     print(json.dumps(result, indent=2))
     machine.write("classroom", result, "psycopg2-binary", "uvicorn", folder=options.output)
 
 
-def measure(uri: str, folder: Path, learners: int, runs: int, steps: int) -> dict:
+def measure(uri: str, folder: Path, learners: int, steps: int) -> dict:
     """Let all learners log at once to the server at `uri` over `folder`; times in ms unless they say s."""
     log = folder / "mlflow.log"
     before = log.stat().st_size
     began = time.perf_counter()
-    lessons = together(learn, uri, learners, runs, steps)
+    lessons = together(learn, uri, learners, steps)
     seconds = time.perf_counter() - began
     whole = [kept(uri, lesson, steps) for lesson in lessons]
     answers = re.findall(r'HTTP/[\d.]+" (\d{3})', log.read_bytes()[before:].decode(errors="replace"))
@@ -77,8 +77,8 @@ def measure(uri: str, folder: Path, learners: int, runs: int, steps: int) -> dic
     return {
         "learners": learners,
         "runs logged": sum(len(lesson["runs"]) for lesson in lessons),
-        "runs expected": learners * runs,
-        "runs lost": learners * runs - sum(one["runs"] for one in whole),
+        "runs expected": learners * RUNS,
+        "runs lost": learners * RUNS - sum(one["runs"] for one in whole),
         "models registered": sum(one["model"] for one in whole),
         "learners with an error": sum(bool(lesson["error"]) for lesson in lessons),
         "errors": sorted({lesson["error"].splitlines()[-1] for lesson in lessons if lesson["error"]}),
@@ -121,7 +121,7 @@ def together(target: Callable, uri: str, learners: int, *args: object) -> list[d
     return sorted(lessons, key=lambda lesson: lesson["experiment"])
 
 
-def learn(uri: str, number: int, count: int, steps: int, start_line, answers) -> None:
+def learn(uri: str, number: int, steps: int, start_line, answers) -> None:
     """One learner's lesson; puts its experiment, run ids, timed calls and error, if any, into `answers`."""
     calls: list[tuple[str, float]] = []
     runs: list[str] = []
@@ -141,14 +141,14 @@ def learn(uri: str, number: int, count: int, steps: int, start_line, answers) ->
         with tempfile.TemporaryDirectory() as place:
             file = Path(place) / "figure.bin"
             file.write_bytes(FILE)
-            for _ in range(count):
+            for _ in range(RUNS):
                 runs.append(timed(mlflow.start_run).info.run_id)
                 timed(mlflow.log_params, {"model": "tiny-phi3", "learner": number, "steps": steps})
                 for step in range(steps):
                     timed(mlflow.log_metric, "tokens_per_second", number + step / 100, step=step)
                 timed(mlflow.set_tag, "answer", "The capital of Spain is Madrid.")
                 timed(mlflow.log_artifact, str(file))
-                if len(runs) == count:
+                if len(runs) == RUNS:
                     timed(register, kind="log and register a model")
                 timed(mlflow.end_run)
     except Exception:
@@ -173,10 +173,10 @@ def register() -> None:
 # ---- exercises ----
 
 
-def exercises(uri: str, learners: int, numbers: tuple[str, ...] = board.EXERCISES, reads: int = 7) -> dict:
+def exercises(uri: str, learners: int, reads: int = 7) -> dict:
     """Let all learners try all exercises at once, and compare the board with what they did."""
     began = time.perf_counter()
-    tried = together(solve, uri, learners, numbers)
+    tried = together(solve, uri, learners)
     seconds = time.perf_counter() - began
     client, lost, strange, times = mlflow.MlflowClient(uri), 0, 0, []
     for _ in range(reads):
@@ -200,12 +200,12 @@ def exercises(uri: str, learners: int, numbers: tuple[str, ...] = board.EXERCISE
     }
 
 
-def solve(uri: str, number: int, numbers: tuple[str, ...], start_line, answers) -> None:
+def solve(uri: str, number: int, start_line, answers) -> None:
     """One learner's exercises: some solved at once, some after wrong attempts, some not at all."""
     experiment = f"learner-{number:02}"
     todo = {
         exercise: (1 + (number + place) % 3, (number + place) % 5 != 0)
-        for place, exercise in enumerate(numbers)
+        for place, exercise in enumerate(board.EXERCISES)
     }
     waited = []
     os.environ.pop("MLFLOW_WORKSPACE", None)

@@ -31,7 +31,7 @@ import psutil
 from mlflow.models import infer_signature
 from tqdm import trange
 
-from helpers import tracking
+from helpers import places, tracking
 from helpers.models import catalog, export, fetch, folders, onnx_chat_model
 
 AIMS = {  # ratio: (aim, whether more is better); without an aim it is reported only
@@ -47,8 +47,8 @@ AIMS = {  # ratio: (aim, whether more is better); without an aim it is reported 
     "int8: wrapper ÷ Transformers pipeline, tok/s": (6, True),
     "int8: 8 threads ÷ 1, total tok/s": (2, True),
     "int8: stream ÷ bare genai loop, time to first token": (1.1, False),
+    "int8: memory after 1,000 mixed requests ÷ after 10": (1.05, False),
 }
-GROWTH, GROWTH_AIM = "int8: memory after 1,000 mixed requests ÷ after 10", (1.05, False)
 FORMATS = {"int8": "Q8_0", "int4": "Q4_1"}  # precision: llama.cpp's format of as many bits
 STORY = "Write a long story about {}."
 THINGS = ("the sea", "a dog", "the moon", "two friends", "a train", "a king", "snow", "a garden")
@@ -288,11 +288,12 @@ def main() -> None:
                     samples[name].append(measured)
             if turn % 6 == 1:
                 threads.append(eight_threads_and_one(onnx_peers["int8"]))
-        result = compared(best(samples), max(threads), read, vars(given))
+        found = best(samples), max(threads), read, vars(given)
+        report(*found, memory={})
         fresh = multiprocessing.get_context("spawn")  # this process holds every peer's memory
         with ProcessPoolExecutor(1, mp_context=fresh) as alone:
             memory = alone.submit(memory_growth, onnx_peers["int8"].folder).result()
-    grown(result, memory)
+    report(*found, memory)
 
 
 def gguf(model: catalog.Model) -> Path:
@@ -335,8 +336,8 @@ def best(samples: dict[str, list]) -> dict[str, dict]:
     }
 
 
-def ratios(peers: dict[str, dict], threads: float) -> dict[str, float]:
-    """The ratios that AIMS names, in its order."""
+def ratios(peers: dict[str, dict], threads: float, memory: dict[int, int]) -> dict[str, float]:
+    """The ratios that AIMS names, in its order; without `memory` all but the last."""
 
     def rate(over: str, under: str, of: str = "tokens_per_second") -> float:
         return peers[over][of] / peers[under][of]
@@ -350,35 +351,26 @@ def ratios(peers: dict[str, dict], threads: float) -> dict[str, float]:
         rate("int8 wrapper", "Transformers pipeline"),
         threads,
         rate("int8 wrapper", "int8 bare genai loop", "first_token_ms"),
+        *([memory[1000] / memory[10]] if memory else []),
     )
-    return {name: round(value, 3) for name, value in zip(AIMS, values, strict=True)}
+    return {name: round(value, 3) for name, value in zip(AIMS, values, strict=bool(memory))}
 
 
-def compared(peers: dict, threads: float, read: dict, settings: dict) -> dict:
-    """Print the peers and their ratios, write them, and return what was written."""
-    found = ratios(peers, threads)
+def report(peers: dict, threads: float, read: dict, settings: dict, memory: dict[int, int]) -> None:
+    """Print both tables and write the result; `memory` is empty as long as it is not measured."""
+    found = ratios(peers, threads, memory)
     print(f"\n{'peer':<26}{'tok/s':>8}{'first token, ms':>18}{'MB read a token':>18}")
     for name, figures in peers.items():
         size = f"{read[name] / 1e6:.0f}" if name in read else ""
         print(f"{name:<26}{figures['tokens_per_second']:>8}{figures['first_token_ms'] or '':>18}{size:>18}")
     print(f"\n{'ratio':<56}{'measured':>9}{'aim':>8}")
-    for name, aim in AIMS.items():
-        print(f"{name:<56}{found[name]:>9.2f}{judged(found[name], aim)}")
+    for name, value in found.items():
+        print(f"{name:<56}{value:>9.2f}{judged(value, AIMS[name])}")
+    sizes = ", ".join(f"{mb} after {number}" for number, mb in memory.items())
+    print(f"\nmemory, MB: {sizes or 'measured next'}")
     result = {"settings": settings, "peers": peers, "bytes_read_a_token": read, "ratios": found}
-    write(result)
-    return result
-
-
-def grown(result: dict, memory: dict[int, int]) -> None:
-    """Print how memory grew, and write it beside what is in `result`."""
-    growth = round(memory[1000] / memory[10], 3)
-    print(f"\n{GROWTH:<56}{growth:>9.2f}{judged(growth, GROWTH_AIM)}")
-    print(f"memory, MB: {', '.join(f'{mb} after {number}' for number, mb in memory.items())}")
-    write(result | {"ratios": result["ratios"] | {GROWTH: growth}, "memory_mb_after": memory})
-
-
-def write(result: dict) -> None:
-    print(f"\nwritten: {machine.write('wrapper', result, 'llama-cpp-python')}")
+    result["memory_mb_after"] = memory
+    print(f"\nwritten: {places.relative(machine.write('wrapper', result, 'llama-cpp-python'))}")
 
 
 def judged(value: float, aim: tuple[float, bool] | None) -> str:

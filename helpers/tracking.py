@@ -178,15 +178,15 @@ def _wait_for_workspaces(uri: str) -> None:
     if not uri.startswith(("http:", "https:")) or not os.environ.get("MLFLOW_WORKSPACE"):
         return
     client = mlflow.MlflowClient()
-    for ask in (client.search_experiments, client.search_registered_models):
-        for _ in range(10):
-            try:
-                ask(max_results=1)
-            except mlflow.MlflowException as error:
-                # Anything else shows in what comes next.
-                if "timed out" in str(error):
-                    continue
-            break
+    for _ in range(10):
+        try:
+            client.search_experiments(max_results=1)
+            client.search_registered_models(max_results=1)
+        except mlflow.MlflowException as error:
+            if "server-info" in str(error):
+                continue
+        # Anything else shows in what comes next.
+        return
 
 
 def _workspace_name(experiment: str) -> str:

@@ -107,7 +107,11 @@ def choose_experiment(name: str, otherwise: str) -> str:
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http:", "https:")):
         _refuse_deleted(name, otherwise)
-        return mlflow.set_experiment(name).experiment_id
+        number = mlflow.set_experiment(name).experiment_id
+        # MLflow (3.17) returns an experiment that somebody else made at the same moment, or that was made by
+        # a request whose answer was lost, without choosing it: runs would go to another experiment.
+        mlflow.set_experiment(experiment_id=number)
+        return number
     # MLflow would put artifacts under the working directory, which differs between papermill and Jupyter.
     # PostgreSQL has no file here; its artifacts lie where the project's own do.
     file = parameters.sqlite_file(uri) or ROOT / "mlflow.db"

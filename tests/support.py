@@ -17,10 +17,10 @@ from helpers import ROOT, processes, tracking
 
 
 @contextmanager
-def connected(uri: str) -> Iterator[None]:
+def connected(uri: str, experiment: str = "models") -> Iterator[None]:
     """Use a store, and the former one again afterwards."""
     before = mlflow.get_tracking_uri()
-    tracking.connect(uri, "models")
+    tracking.connect(uri, experiment)
     try:
         yield
     finally:

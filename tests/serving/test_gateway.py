@@ -118,7 +118,8 @@ def test_every_answer_leaves_its_usage_and_its_price_as_a_trace(recipe):
         found = mlflow.search_traces(locations=everywhere, return_type="list")
         return [trace for trace in found if said.id in str(trace.data.response)]
 
-    with connected(recipe.store):
+    # Asked of the server, not of its store: spans that are still on their way are looked for among artifacts.
+    with connected(recipe.gateway):
         (trace,) = eventually(traces)
     usage = trace.info.token_usage
     assert usage["input_tokens"] == said.usage.prompt_tokens

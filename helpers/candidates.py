@@ -47,7 +47,7 @@ def _answer_with_pipeline(pipeline, chats: list[Chat], max_new_tokens: int) -> l
     """Ask the pipeline itself: through `predict` it answers in batches only if it was logged so."""
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
     start = time.perf_counter()
-    texts = [row[0]["generated_text"] for row in pipeline(chats, batch_size=16, **options)]
+    texts = [row[0]["generated_text"] for row in pipeline(chats, batch_size=50, **options)]
     seconds = time.perf_counter() - start
     counts = [len(ids) for ids in pipeline.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     return [Answer(text, count, math.nan, seconds) for text, count in zip(texts, counts, strict=True)]

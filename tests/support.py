@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
+import requests
 
 from helpers import ROOT, processes, tracking
 
@@ -62,6 +65,35 @@ def wait_until_it_answers(url: str, process: subprocess.Popen, log=None) -> None
             time.sleep(0.2)
         else:
             return
+
+
+@contextmanager
+def between(server: str, meddle: Callable[[str], object]) -> Iterator[str]:
+    """A way to a server. `meddle` sees the path of a request first; if it says so, the answer is lost."""
+
+    class Forward(BaseHTTPRequestHandler):
+        def do_GET(self):
+            lost = meddle(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            answer = requests.request(self.command, server + self.path, data=body, headers=headers)
+            if lost:
+                return
+            with suppress(ConnectionError):  # The client may have gone.
+                self.send_response(answer.status_code)
+                self.send_header("Content-Length", str(len(answer.content)))
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as forwarder:
+        threading.Thread(target=forwarder.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{forwarder.server_port}"
+        forwarder.shutdown()
 
 
 @contextmanager

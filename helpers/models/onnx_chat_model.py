@@ -54,7 +54,7 @@ PARAMS = {
 CONFIG = {
     "threads": Limits(0, 0, 1024),  # CPU threads; 0: one for each usable core.
     "provider": Limits("cpu"),  # Or "cuda", "dml".
-    "max_batch_rows": Limits(16, 1, 1024),
+    "max_batch_rows": Limits(16, 1, 32),  # onnxruntime-genai takes no more.
     # Rows x (longest prompt + longest answer); 0: what KV_BYTES hold.
     "max_batch_tokens": Limits(0, 0, LARGE),
 }

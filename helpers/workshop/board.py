@@ -232,8 +232,19 @@ def _connect(tracking_uri: str) -> MlflowClient:
 
 
 def text(tracking_uri: str = "", anonymous: bool = False) -> str:
-    """The board for a terminal: one line a learner, and one with the totals. Raises as `_connect`."""
-    learners = read(_connect(tracking_uri), anonymous)
+    """The board for a terminal: one line a learner, and one with the totals.
+
+    Raises as `_connect`, and RuntimeError if the server stops answering.
+    """
+    from mlflow import MlflowException
+
+    client = _connect(tracking_uri)
+    try:
+        learners = read(client, anonymous)
+    except MlflowException as error:
+        raise RuntimeError(
+            f"{client.tracking_uri} does not answer any more: {error.message}. Ask again in a minute."
+        ) from None
     rows = []
     for learner in learners:
         cells = [f"{number} {learner.outcomes.get(number, '–')}" for number in EXERCISES]

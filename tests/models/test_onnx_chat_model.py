@@ -874,6 +874,7 @@ def test_a_forgotten_model_leaves_no_thread_and_no_memory(tiny_phi3_onnx):
         ({"provider": "tpu"}, "provider='tpu' is not one of cpu, cuda, dml"),
         ({"threads": -1}, "threads=-1 is not a whole number from 0"),
         ({"max_batch_rows": 0}, "max_batch_rows=0 is not a whole number from 1"),
+        ({"max_batch_rows": 33}, "max_batch_rows=33 is not a whole number from 1 to 32"),
         ({"max_batch_tokens": "many"}, "max_batch_tokens='many' is not a whole number"),
         ({"batch": 2}, "model_config batch is not one of threads, provider"),
     ],
@@ -899,6 +900,8 @@ def test_a_model_works_with_as_many_threads_as_it_is_told(tiny_phi3_onnx):
 def test_batch_limits_do_not_change_greedy_answers(tiny, tiny_phi3_onnx):
     small = load(tiny_phi3_onnx, max_batch_rows=2, max_batch_tokens=40)
     assert ask(small, PROMPTS) == ask(tiny, PROMPTS)
+    large, many = load(tiny_phi3_onnx, max_batch_rows=32), PROMPTS * 40
+    assert ask(large, many) == ask(tiny, many)
 
 
 @pytest.mark.command

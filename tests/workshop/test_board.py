@@ -10,6 +10,7 @@ import mlflow
 import nbformat
 import pytest
 from fastapi.testclient import TestClient
+from support import between
 
 from helpers import ROOT, processes, tracking
 from helpers.workshop import board, notebooks
@@ -154,6 +155,16 @@ def test_the_text_has_a_line_for_each_learner(lesson):
     assert [line.split()[0] for line in board.text(lesson, anonymous=True).splitlines()[:3]] == [
         "learner"
     ] * 3
+
+
+@pytest.mark.classroom
+def test_the_text_says_that_a_server_stopped_answering(lesson, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with (
+        between(lesson, lambda path: "runs/search" in path) as uri,
+        pytest.raises(RuntimeError, match=f"{uri} does not answer any more: .* Ask again in a minute"),
+    ):
+        board.text(uri)
 
 
 @pytest.mark.classroom

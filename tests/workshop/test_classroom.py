@@ -6,19 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
 import requests
-from support import connected, left
+from support import between, connected, left
 
 from helpers import ROOT, processes, tracking
 from helpers.__main__ import main
@@ -155,31 +153,13 @@ def busy(server) -> Iterator[str]:
     """
     delays, losses = [4, 4], ["experiments/create"]
 
-    class Forward(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if "server-info" in self.path and delays:
-                time.sleep(delays.pop())
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {name: value for name, value in self.headers.items() if name != "Host"}
-            answer = requests.request(self.command, server + self.path, data=body, headers=headers)
-            if losses and losses[0] in self.path:
-                losses.clear()
-                return
-            with suppress(ConnectionError):  # The client may have gone.
-                self.send_response(answer.status_code)
-                self.send_header("Content-Length", str(len(answer.content)))
-                self.end_headers()
-                self.wfile.write(answer.content)
+    def meddle(path: str) -> bool:
+        if "server-info" in path and delays:
+            time.sleep(delays.pop())
+        return bool(losses and losses[0] in path and losses.pop())
 
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as forwarder:
-        threading.Thread(target=forwarder.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{forwarder.server_port}"
-        forwarder.shutdown()
+    with between(server, meddle) as uri:
+        yield uri
     assert delays == losses == []
 
 

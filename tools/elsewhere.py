@@ -67,7 +67,7 @@ def pythons(versions: list[str]) -> int:
             continue
         print(f"Python {version}: {python}", flush=True)
         rows.append(try_python(version, python))
-    if rows:
+        # Now, so that an interrupt of the next one loses nothing.
         TABLE.write_text(with_rows(TABLE.read_text("utf-8"), rows), encoding="utf-8")
     return int(any("failed" in cell for row in rows for cell in row))
 

@@ -17,6 +17,9 @@ SETTINGS = {  # in this process, in those that it starts, and in Spark's workers
     "HF_HUB_DISABLE_PROGRESS_BARS": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    # By default uvicorn kills a worker, with the requests in it, that does not answer its supervisor in 5
+    # seconds. MLflow's can be as busy as that when a class starts at once.
+    "UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60",
 }
 # The libraries read these when they are imported, so they are set first; a value of your own stays.
 for _name, _value in SETTINGS.items():

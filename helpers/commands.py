@@ -171,8 +171,7 @@ def ui(port: Port = 5000, tracking_uri: Store = "") -> int:
         raise ValueError(f"{parameters.without_password(store)} is a server: open that in a browser.")
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # The store's address may hold a password, and everybody can read the words of a command.
-    # uvicorn kills a worker that does not answer in 5 seconds, which happens while a model is converted.
-    own = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60"} | os.environ | {"MLFLOW_BACKEND_STORE_URI": store}
+    own = os.environ | {"MLFLOW_BACKEND_STORE_URI": store}
     if os.name != "nt":
         os.execve(sys.executable, command, own)
     # On Windows that would end this process, and the shell would not wait for the other.

@@ -115,9 +115,6 @@ def _mlflow_command(
     host, port = address
     # A workspace chosen in this shell must not become the server's. No background jobs: no lesson uses them.
     environment = ["env", "-u", "MLFLOW_WORKSPACE", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"]
-    # uvicorn kills a worker, with the requests in it, that does not answer its supervisor in 5 seconds. When
-    # a class starts at once, a worker can be as busy as that.
-    environment += ["UVICORN_TIMEOUT_WORKER_HEALTHCHECK=60"]
     # fmt: off
     return [*environment, sys.executable, "-m", "mlflow", "server", "--enable-workspaces",
             "--backend-store-uri", store,

@@ -21,8 +21,8 @@ PYTEST := $(VENV)/pytest --durations=20 --durations-min=1
 # Two at a time, the longest first: a notebook.
 FAST := $(PYTEST) -m "not slow" -n 2 --dist worksteal --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 \
   notebooks tests
-# Three at a time, also on two cores: these tests wait a quarter of their time, for servers, disks and time-outs.
-SLOW := $(PYTEST) -m slow -n 3 --dist loadfile --junitxml=out/tests-slow.xml tests
+# Four at a time, also on two cores: these tests wait a quarter of their time, for servers, disks and time-outs.
+SLOW := $(PYTEST) -m slow -n 4 --dist loadfile --junitxml=out/tests-slow.xml tests
 
 .PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
   rehearsal lock clean test-browser classroom student site soak audit board kit test-pythons newest

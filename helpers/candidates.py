@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import numpy as np
     from mlflow.pyfunc import PyFuncModel
 
@@ -145,25 +147,23 @@ def speeds(loaded: Mapping[str, PyFuncModel], chat: Chat, rounds: int) -> dict[s
     }
 
 
-def footprint(folder: Path, chat: Chat) -> dict[str, float]:
-    """Load a model in a fresh process and let it answer once.
+def footprints(folders: Mapping[str, Path], chat: Chat) -> dict[str, dict[str, float]]:
+    """Load each model in a process of its own and let it answer once.
 
     Args:
-        folder: a model as MLflow saved it, on this machine.
+        folders: name → a model as MLflow saved it, on this machine.
         chat: what to ask.
     Returns:
         `load_seconds`: `mlflow.pyfunc.load_model`, with the imports it causes. `memory_mb`: what loading and
         answering added to the resident set of a process that has only imported MLflow. `size_mb`: on disk.
     Raises:
-        RuntimeError: if the process fails, with the last line it printed.
+        RuntimeError: if a model cannot be loaded or asked, with its folder and the last line of the error.
     """
-    command = [sys.executable, "-m", "helpers.candidates", str(folder), json.dumps(chat)]
+    command = [sys.executable, "-m", "helpers.candidates", json.dumps(chat), *map(str, folders.values())]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise RuntimeError(f"The model in {folder} could not be loaded and asked: {lines[-1]}")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return json.loads(result.stdout.strip().splitlines()[-1]) | {"size_mb": size / 1e6}
+        raise RuntimeError(([f"exit status {result.returncode}", *result.stderr.strip().splitlines()])[-1])
+    return dict(zip(folders, json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
 def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
@@ -175,8 +175,41 @@ def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
     loaded = mlflow.pyfunc.load_model(folder)
     load_seconds = time.perf_counter() - start
     answer(loaded, [chat], max_new_tokens=16)
-    return {"load_seconds": load_seconds, "memory_mb": (process.memory_info().rss - before) / 1e6}
+    added = process.memory_info().rss - before
+    size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return {"load_seconds": load_seconds, "memory_mb": added / 1e6, "size_mb": size / 1e6}
+
+
+def _send_footprint(folder: str, chat: Chat, sender: Connection) -> None:
+    try:
+        sender.send(_footprint_here(folder, chat))
+    except Exception as error:
+        sender.send((str(error).strip() or repr(error)).splitlines()[-1])
+
+
+def _print_footprints(chat: Chat, folders: list[str]) -> None:
+    """The command of `footprints`. MLflow is imported once, here, where a process can be forked."""
+    import multiprocessing
+
+    import mlflow.pyfunc  # noqa: F401
+
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    costs = []
+    for folder in folders:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_send_footprint, args=(folder, chat, sender))
+        process.start()
+        sender.close()
+        try:
+            cost = receiver.recv()
+        except EOFError:
+            cost = "its process was killed"
+        process.join()
+        if isinstance(cost, str):
+            sys.exit(f"The model in {folder} could not be loaded and asked: {cost}")
+        costs.append(cost)
+    print(json.dumps(costs))
 
 
 if __name__ == "__main__":
-    print(json.dumps(_footprint_here(sys.argv[1], json.loads(sys.argv[2]))))
+    _print_footprints(json.loads(sys.argv[1]), sys.argv[2:])

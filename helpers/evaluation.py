@@ -110,7 +110,7 @@ def compare(
     asked = questions()["question"]
     chats = [model.messages(question) for question in asked]
     folders = {name: Path(mlflow.artifacts.download_artifacts(uri)) for name, uri in candidates.items()}
-    costs = _frame({name: measuring.footprint(folder, prompts[0]) for name, folder in folders.items()})
+    costs = _frame(measuring.footprints(folders, prompts[0]))
     loaded = {name: mlflow.pyfunc.load_model(str(folder)) for name, folder in folders.items()}
     texts = {name: _texts(each, chats, max_new_tokens) for name, each in loaded.items()}
     answers = pd.DataFrame(texts, index=asked)

@@ -373,7 +373,27 @@ def test_comparing_nothing_is_a_clear_error():
 @pytest.mark.command
 def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path):
     with pytest.raises(RuntimeError, match=r"could not be loaded and asked: .*MLmodel"):
-        candidates.footprint(tmp_path, [{"role": "user", "content": "Hello"}])
+        candidates.footprints({"fp32": tmp_path}, [{"role": "user", "content": "Hello"}])
+
+
+KILLS_ITSELF = """
+import os, signal, mlflow
+class Model(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def predict(self, context, model_input, params=None):
+        return model_input
+mlflow.models.set_model(Model())
+"""
+
+
+@pytest.mark.command
+def test_a_model_whose_process_is_killed_is_named(tmp_path):
+    (tmp_path / "model.py").write_text(KILLS_ITSELF, encoding="utf-8")
+    folder = tmp_path / "saved"
+    mlflow.pyfunc.save_model(folder, python_model=str(tmp_path / "model.py"), pip_requirements=["mlflow"])
+    with pytest.raises(RuntimeError, match="saved could not be loaded and asked: its process was killed"):
+        candidates.footprints({"fp32": folder}, [{"role": "user", "content": "Hello"}])
 
 
 # --- the embedded model

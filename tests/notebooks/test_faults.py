@@ -35,7 +35,7 @@ STAGES = {
     ("01", "tracing"): Fault("@mlflow.trace", "update_current_trace"),
     ("02", "logging"): Fault("my-own-wrapper", "finalize_logged_model"),
     ("02", "registering"): Fault("client.set_registered_model_alias", "set_registered_model_alias"),
-    ("02", "evaluating"): Fault("evaluation.compare(", "footprint"),
+    ("02", "evaluating"): Fault("evaluation.compare(", "footprints"),
     ("01", "serving"): Fault("mlflow_server.serve(", "post"),
 }
 SPARK = Fault("scoring.spark_session(", "load_stream")  # not in STAGES: pyspark is installed for one test

@@ -1,5 +1,6 @@
 """Live servers and kernels listen on this machine only, and no command line shows a key."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -48,8 +49,9 @@ def listening(root: psutil.Process) -> list[tuple[str, int]]:
     """Address and port of every TCP socket that a process and what it started listen on."""
     found = []
     for process in [root, *root.children(recursive=True)]:
-        connections = process.net_connections("tcp")
-        found += [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended since it was listed
+            connections = process.net_connections("tcp")
+            found += [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
     return found
 
 

@@ -121,7 +121,7 @@ def lesson(classroom_server) -> str:
     """The server after a lesson of three learners, one of whom has done nothing yet."""
     for name, outcomes in {
         "Anna <b>": [("1.1", False, "Try\x1b[2J a seed."), ("1.1", True, ""), ("1.1", False, "broken later")],
-        "ben": [("2.5", False, "the first hint")] * 4 + [("2.5", False, "Keep the <id>.")],
+        "ben": [("2.5", False, "the first hint")] * 4 + [("2.5", False, "Keep the <id>, say `<b>`.")],
         "carla": [],
     }.items():
         tracking.connect(classroom_server, name)
@@ -173,7 +173,7 @@ def test_the_page_shows_learners_hints_and_totals_as_text(lesson):
     assert page.status_code == 200
     assert "3 learners, 1 needs help." in page.text
     assert page.text.index("ben") < page.text.index("anna-b") < page.text.index("carla")
-    assert "2.5: Keep the &lt;id&gt;." in page.text
+    assert "2.5: Keep the &lt;id&gt;, say <code>&lt;b&gt;</code>." in page.text
     hidden = TestClient(board.page(board._connect(lesson), True), base_url="http://127.0.0.1").get("/").text
     assert not re.search("anna|ben<|carla", hidden)
 

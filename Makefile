@@ -21,8 +21,8 @@ PYTEST := $(VENV)/pytest --durations=20 --durations-min=1
 # Two at a time, the longest first: a notebook.
 FAST := $(PYTEST) -m "not slow" -n 2 --dist worksteal --junitxml=out/tests-fast.xml --nbmake --nbmake-timeout=900 \
   notebooks tests
-# Four at a time, also on two cores: these tests wait a quarter of their time, for servers, disks and time-outs.
-SLOW := $(PYTEST) -m slow -n 4 --dist loadfile --junitxml=out/tests-slow.xml tests
+# Three at a time, also on two cores: these tests wait a quarter of their time, for servers, disks and time-outs.
+SLOW := $(PYTEST) -m slow -n 3 --dist loadfile --junitxml=out/tests-slow.xml tests
 
 .PHONY: help python doctor setup run test test-slow test-all lab ui serve weights wheelhouse notebooks bench \
   rehearsal lock clean test-browser classroom student site soak audit board kit test-pythons newest
@@ -45,10 +45,10 @@ run: setup ## run both notebooks headless into out/
 test: setup ## check the style, run both notebooks and the quick tests (under ten minutes)
 	$(STYLE)
 	$(FAST)
-	@echo "Left out, for they take 45 minutes: attempts at exercises, browser, classroom, container, environment,"
+	@echo "Left out, for they take 50 minutes: attempts at exercises, browser, classroom, container, environment,"
 	@echo "faults, most of kernel, models and server, network, soak and spark. To run them: make test-slow"
 
-test-slow: setup ## run the tests that make test leaves out (45 minutes)
+test-slow: setup ## run the tests that make test leaves out (50 minutes)
 	$(SLOW)
 
 test-all: setup ## run all that make test and make test-slow run

@@ -97,15 +97,11 @@ def test_rows_keep_order_and_keys_answers_are_the_models_own_and_each_worker_loa
 
 
 def test_notebook_02_scores_its_table_with_spark_and_shows_the_champions_answers_in_order(
-    with_pyspark, tmp_path
+    with_pyspark, tiny_phi3_onnx, tmp_path
 ):
-    switches = {
-        "model": "tiny-phi3",
-        "precision": "fp32",
-        "max_new_tokens": "9",
-        "serve": "False",
-        "spark": "True",
-    }
+    """Of an ONNX folder, which leaves the notebook one candidate to measure."""
+    model = str(tiny_phi3_onnx)
+    switches = {"model": model, "max_new_tokens": "9", "serve": "False", "spark": "True"}
     given = [part for name, value in switches.items() for part in ("-p", name, value)]
     store = f"sqlite:///{tmp_path}/mlflow.db"
     given += ["-p", "tracking_uri", store, "--output", str(tmp_path)]
@@ -117,7 +113,7 @@ def test_notebook_02_scores_its_table_with_spark_and_shows_the_champions_answers
     (table,) = (output.data["text/html"] for output in cell.outputs if "data" in output)
     mlflow.set_tracking_uri(store)
     champion, countries = mlflow.pyfunc.load_model(CHAMPION), ["Spain", "France", "Italy", "Japan"]
-    messages = catalog.find("tiny-phi3").messages
+    messages = catalog.find(model).messages
     chats = [messages(f"What is the capital of {country}?") for country in countries]
     prompts = [champion.unwrap_python_model().apply_chat_template(chat) for chat in chats]
     answers = champion.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 24})

@@ -26,12 +26,11 @@ WRAPPER = "helpers/models/onnx_chat_model.py"
 QUESTION = "Tell me a story about a robot that learns to paint."
 
 
-def module_of(commit: str, folder: Path) -> ModuleType:
-    """The wrapper's file as it stands in a commit. Raises SystemExit if there is no such commit or file."""
+def module_of(commit: str, path: Path) -> ModuleType:
+    """The wrapper as it stands in a commit, written to `path`. Raises SystemExit if the commit lacks it."""
     shown = subprocess.run(["git", "show", f"{commit}:{WRAPPER}"], cwd=ROOT, capture_output=True)
     if shown.returncode:
         raise SystemExit(f"{commit!r} is not a commit with {WRAPPER}: {shown.stderr.decode().strip()}")
-    path = folder / f"wrapper_{len(list(folder.iterdir()))}.py"
     path.write_bytes(shown.stdout)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +73,8 @@ def main() -> None:
     given = parser.parse_args()
     model, ratios = catalog.find("smollm2-135m"), {}
     with tempfile.TemporaryDirectory() as place:
-        modules = {"this": module_of("HEAD", Path(place)), "other": module_of(given.commit, Path(place))}
+        commits = {"this": "HEAD", "other": given.commit}
+        modules = {name: module_of(commit, Path(place, f"{name}.py")) for name, commit in commits.items()}
         for precision in ("int8", "int4"):
             folder = export.onnx_folder(model, precision)
             context = SimpleNamespace(artifacts={"phi3-mini-onnx": str(folder)}, model_config={})

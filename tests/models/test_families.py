@@ -52,7 +52,7 @@ def printed(place: Path, notebook: str) -> str:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("family", ["gemma2", families.SILENT])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", families.SILENT])
 def test_both_notebooks_run_to_their_end(family, build, place):
     for notebook in ("01", "02"):
         result = run(notebook, build(family), place)

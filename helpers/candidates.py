@@ -162,8 +162,13 @@ def footprints(folders: Mapping[str, Path], chat: Chat) -> dict[str, dict[str, f
     command = [sys.executable, "-m", "helpers.candidates", json.dumps(chat), *map(str, folders.values())]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
-        raise RuntimeError(([f"exit status {result.returncode}", *result.stderr.strip().splitlines()])[-1])
-    return dict(zip(folders, json.loads(result.stdout.splitlines()[-1]), strict=True))
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RuntimeError(f"The models' memory was not measured (exit code {result.returncode}): {last}")
+    costs = dict(zip(folders, json.loads(result.stdout.splitlines()[-1]), strict=True))
+    for name, cost in costs.items():
+        if isinstance(cost, str):
+            raise RuntimeError(f"The model in {folders[name]} could not be loaded and asked: {cost}")
+    return costs
 
 
 def _footprint_here(folder: str, chat: Chat) -> dict[str, float]:
@@ -188,7 +193,10 @@ def _send_footprint(folder: str, chat: Chat, sender: Connection) -> None:
 
 
 def _print_footprints(chat: Chat, folders: list[str]) -> None:
-    """The command of `footprints`. MLflow is imported once, here, where a process can be forked."""
+    """The command of `footprints`: prints a list with the costs of each model, or with what went wrong.
+
+    MLflow is imported once, here, where a process can be forked.
+    """
     import multiprocessing
 
     import mlflow.pyfunc  # noqa: F401
@@ -201,13 +209,10 @@ def _print_footprints(chat: Chat, folders: list[str]) -> None:
         process.start()
         sender.close()
         try:
-            cost = receiver.recv()
+            costs.append(receiver.recv())
         except EOFError:
-            cost = "its process was killed"
+            costs.append("its process was killed")
         process.join()
-        if isinstance(cost, str):
-            sys.exit(f"The model in {folder} could not be loaded and asked: {cost}")
-        costs.append(cost)
     print(json.dumps(costs))
 
 

@@ -41,11 +41,17 @@ class GateError(ValueError):
     """A candidate that must not be promoted; its text says why."""
 
 
-def questions() -> pd.DataFrame:
-    """The committed question set: columns `subject`, `question`, `answers` (list of accepted answers)."""
+def questions(count: int = 100) -> pd.DataFrame:
+    """So many of the hundred committed questions, spread evenly over the subjects.
+
+    Returns:
+        Columns `subject`, `question`, `answers` (list of accepted answers).
+    """
+    import numpy as np
     import pandas as pd
 
-    return pd.DataFrame(json.loads(QUESTIONS.read_text(encoding="utf-8"))["questions"])
+    everything = pd.DataFrame(json.loads(QUESTIONS.read_text(encoding="utf-8"))["questions"])
+    return everything.iloc[np.linspace(0, len(everything), count, endpoint=False).astype(int)]
 
 
 def open_prompts() -> list[str]:
@@ -79,7 +85,7 @@ def reference_among(names: Iterable[str]) -> str:
 
 
 def compare(
-    candidates: Mapping[str, str], model: Model, max_new_tokens: int = 16, rounds: int = 3
+    candidates: Mapping[str, str], model: Model, count: int = 100, max_new_tokens: int = 16, rounds: int = 3
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Put the question set to every candidate; each becomes a run with its data, its model and its figures.
 
@@ -94,6 +100,7 @@ def compare(
             logged with `mlflow.transformers` and task `llm/v1/chat` (which have no stream: their time to
             first token is the time of an answer of one token).
         model: the catalogue entry, for its system message.
+        count: how many questions; with fewer, accuracy is less certain.
         max_new_tokens: longest answer to a question.
         rounds: single calls per candidate.
     Returns:
@@ -107,7 +114,7 @@ def compare(
 
     reference_among(candidates)
     prompts = [model.messages(prompt) for prompt in open_prompts()]
-    asked = questions()["question"]
+    asked = questions(count)["question"]
     chats = [model.messages(question) for question in asked]
     folders = {name: Path(mlflow.artifacts.download_artifacts(uri)) for name, uri in candidates.items()}
     costs = _frame(measuring.footprints(folders, prompts[0]))
@@ -119,7 +126,7 @@ def compare(
         written = list(zip(prompts, _texts(loaded["fp32"], prompts, TEXT_TOKENS), strict=True))
         measured.append(_frame(measuring.divergences(loaded, "fp32", written)))
     table = score(answers).join(measured).reindex(columns=MEASURED).rename_axis("candidate")
-    params = {"model": model.key, "max_new_tokens": max_new_tokens, "rounds": rounds}
+    params = {"model": model.key, "questions": count, "max_new_tokens": max_new_tokens, "rounds": rounds}
     logged = {name: _log(name, uri, table.loc[name], params) for name, uri in candidates.items()}
     return table.join(_frame(logged, ("model_id", "run_id"))), answers
 
@@ -142,7 +149,7 @@ def score(answers: pd.DataFrame) -> pd.DataFrame:
     made before, in batches, so the traces say nothing of time or tokens.
 
     Args:
-        answers: one row a question of the set, one column a candidate.
+        answers: one row a question of `questions`, one column a candidate.
     Returns:
         One row a candidate: `accuracy`, from 0 to 1, and `accuracy_low` to `accuracy_high`, its interval.
     """
@@ -162,7 +169,7 @@ def score(answers: pd.DataFrame) -> pd.DataFrame:
             "expectations": {"answers": row.answers},
             "tags": {"subject": row.subject},
         }
-        for row in questions().itertuples()
+        for row in questions(len(answers)).itertuples()
     ]
     with _quiet():
         metrics = mlflow.genai.evaluate(data=rows, scorers=[correct]).metrics
@@ -178,7 +185,7 @@ def _log(name: str, uri: str, figures: pd.Series, params: dict) -> tuple[str, st
 
     model_id = mlflow.models.get_model_info(uri).model_id
     # A question's accepted answers become one text: data sets have no column of lists.
-    asked = questions().assign(answers=lambda table: table["answers"].map("|".join))
+    asked = questions(params["questions"]).assign(answers=lambda table: table["answers"].map("|".join))
     data = mlflow.data.from_pandas(asked, name=QUESTIONS.stem, targets="answers")
     with mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None) as run:
         mlflow.log_params({"candidate": name, **params})

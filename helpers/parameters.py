@@ -7,6 +7,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote
@@ -53,6 +54,7 @@ class Parameters(BaseModel):
     ] = "int4"
     threads: _whole(0, 1024, "2") = 0
     max_new_tokens: _whole(1, 4096, "64") = 64
+    questions: _whole(1, 100, "20") = 100
     tracking_uri: Annotated[
         str,
         AfterValidator(lambda uri: store(uri, "tracking_uri")),
@@ -77,10 +79,24 @@ def check(**given: object) -> catalog.Model:
         ParameterError: for the first that cannot be used: its value, what is allowed, how to set it.
         TypeError: for a name that `Parameters` lacks (a mistake in the notebook).
     """
+    return catalog.find(_checked(Parameters.model_validate, given).model)
+
+
+def from_texts(given: dict[str, str]) -> dict[str, object]:
+    """Turn a command line's parameters into what their fields declare. Raises what `check` raises."""
+    checked = _checked(Parameters.model_validate_strings, given)
+    # A text stays as it was written. The check gives a store's address another form, perhaps with a password.
+    return {
+        name: text if isinstance(value := getattr(checked, name), str) else value
+        for name, text in given.items()
+    }
+
+
+def _checked(validate: Callable[[dict], Parameters], given: dict) -> Parameters:
     if unknown := given.keys() - Parameters.model_fields.keys():
         raise TypeError(f"helpers.parameters.Parameters has no field {', '.join(unknown)}.")
     try:
-        return catalog.find(Parameters(**given).model)
+        return validate(given)
     except ValidationError as error:
         first = error.errors()[0]
     name, value = first["loc"][0], first["input"]
@@ -92,30 +108,8 @@ def check(**given: object) -> catalog.Model:
             f"{name}={value!r} is not a text. papermill's -p reads numbers, True and False as what they look "
             f"like; -r leaves them a text: -r {name} {value} In the notebook's cell, put it in quotes."
         )
-    raise _error(name, value, field.description, field.examples[0])
-
-
-def convert(name: str, text: str, type_name: str) -> object:
-    """Turn a command-line value into the type that the notebook's parameters cell declares.
-
-    Raises:
-        ParameterError: if the text is not a value of that type.
-    """
-    if type_name == "object":  # a switch that may be a text as well
-        return {"true": True, "false": False}.get(text.lower(), text)
-    kinds = {"bool": ("true or false", "True"), "int": ("a whole number", "64"), "float": ("a number", "0.5")}
-    if type_name not in kinds:
-        return text
-    try:
-        if type_name == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        return int(text) if type_name == "int" else float(text)
-    except (KeyError, ValueError):
-        raise _error(name, text, *kinds[type_name]) from None
-
-
-def _error(name: str, value: object, allowed: str, example: str) -> ParameterError:
-    return ParameterError(f"{name}={value!r} is not {allowed}. Set it with {_setting(name, example)}")
+    setting = _setting(name, field.examples[0])
+    raise ParameterError(f"{name}={value!r} is not {field.description}. Set it with {setting}")
 
 
 def _setting(name: str, value: str) -> str:

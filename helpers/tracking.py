@@ -21,7 +21,7 @@ from helpers import ROOT, errors, faults, parameters, places
 from helpers.models import folders, logged
 
 if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import Experiment, LoggedModel
 
 OWNER = "process"  # the tag that names the process of a run
 LARGE = 100_000  # bytes from which a file is shared
@@ -106,21 +106,13 @@ def choose_experiment(name: str, otherwise: str) -> str:
 
     uri = mlflow.get_tracking_uri()
     if uri.startswith(("http:", "https:")):
-        _refuse_deleted(name, otherwise)
-        number = mlflow.set_experiment(name).experiment_id
-        # MLflow (3.17) returns an experiment that somebody else made at the same moment, or that was made by
-        # a request whose answer was lost, without choosing it: runs would go to another experiment.
-        mlflow.set_experiment(experiment_id=number)
-        return number
+        return _enter_experiment(name, otherwise).experiment_id
     # MLflow would put artifacts under the working directory, which differs between papermill and Jupyter.
     # PostgreSQL has no file here; its artifacts lie where the project's own do.
     file = parameters.sqlite_file(uri) or ROOT / "mlflow.db"
     folder = places.make_link(file.parent)
     with FileLock(f"{file}.lock"):
-        _refuse_deleted(name, otherwise)
-        if mlflow.get_experiment_by_name(name) is None:
-            mlflow.create_experiment(name, artifact_location=folder.as_uri())
-        experiment = mlflow.set_experiment(name)
+        experiment = _enter_experiment(name, otherwise, artifact_location=folder.as_uri())
     kept = places.local_path(experiment.artifact_location)
     if kept and not kept.is_relative_to(folder) and not kept.parent.exists():
         raise errors.StoreFault(
@@ -129,14 +121,25 @@ def choose_experiment(name: str, otherwise: str) -> str:
     return experiment.experiment_id
 
 
-def _refuse_deleted(name: str, otherwise: str) -> None:
+def _enter_experiment(name: str, otherwise: str, **options: str) -> Experiment:
+    """Choose an experiment, made with these options when it is missing; refuse a deleted one.
+
+    MLflow's own `set_experiment(name)` (3.17) does not choose an experiment that somebody else made at the
+    same moment, or that was made by a request whose answer was lost: runs would go to another experiment.
+    """
     import mlflow
 
     found = mlflow.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "deleted":
-        return
-    how = how_to_restore(name, found.experiment_id, mlflow.get_tracking_uri())
-    raise errors.StoreFault(f"The experiment {how} Or {otherwise}")
+    if found and found.lifecycle_stage == "deleted":
+        how = how_to_restore(name, found.experiment_id, mlflow.get_tracking_uri())
+        raise errors.StoreFault(f"The experiment {how} Or {otherwise}")
+    try:
+        number = found.experiment_id if found else mlflow.create_experiment(name, **options)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        number = mlflow.get_experiment_by_name(name).experiment_id
+    return mlflow.set_experiment(experiment_id=number)
 
 
 def how_to_restore(name: str, number: object, uri: str) -> str:

@@ -86,7 +86,7 @@ def test_a_console_that_cannot_show_a_character_stops_nothing(console, words):
 
 @pytest.mark.kernel
 def test_notebook_02_runs_where_utf_8_is_not_the_default(tmp_path):
-    given = {"model": "tiny-phi3", "serve": False, "max_new_tokens": 9}
+    given = {"model": "tiny-phi3", "serve": False, "max_new_tokens": 9, "questions": 20}
     given["tracking_uri"] = f"sqlite:///{tmp_path}/mlflow.db"
     words = [word for name, value in given.items() for word in ("-p", name, value)]
     result = helpers("run", "02", *words, "--output", tmp_path / "out")

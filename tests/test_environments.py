@@ -47,7 +47,7 @@ def project(uv_variables, tmp_path_factory) -> Path:
         "--env-manager",
         "uv",
     ]
-    for name, value in {"model": "tiny-phi3", "precision": "fp32", "serve": False}.items():
+    for name, value in {"model": "tiny-phi3", "precision": "fp32", "questions": 20, "serve": False}.items():
         command += ["-P", f"{name}={value}"]
     ran = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -229,29 +229,34 @@ def test_what_mlflow_gets_depends_on_no_folder_and_on_no_driver_that_is_not_lock
 
 
 @pytest.mark.parametrize(
-    ("text", "type_name", "value"),
+    ("name", "text", "value"),
     [
-        ("false", "bool", False),
-        ("True", "bool", True),
-        ("16", "int", 16),
-        ("0.5", "float", 0.5),
-        ("16", "str", "16"),
-        ("false", "object", False),
-        ("spark://127.0.0.1:7077", "object", "spark://127.0.0.1:7077"),
+        ("serve", "false", False),
+        ("serve", "True", True),
+        ("max_new_tokens", "16", 16),
+        ("question", "16", "16"),
+        ("spark", "false", False),
+        ("spark", "local[2]", "local[2]"),
     ],
 )
-def test_command_line_text_becomes_the_declared_type(text, type_name, value):
-    converted = parameters.convert("x", text, type_name)
+def test_command_line_text_becomes_the_declared_type(name, text, value):
+    converted = parameters.from_texts(GOOD | {name: text})[name]
     assert converted == value
     assert type(converted) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("text", "type_name"), [("yes", "bool"), ("1.5", "int"), ("lots", "int"), ("x", "float")]
+    ("name", "text"),
+    [("serve", "maybe"), ("seed", "1.5"), ("seed", "lots"), ("max_new_tokens", "0"), ("spark", "maybe")],
 )
-def test_text_of_another_type_is_refused(text, type_name):
-    with pytest.raises(ParameterError, match=f"x='{text}' is not"):
-        parameters.convert("x", text, type_name)
+def test_text_of_another_type_is_refused(name, text):
+    with pytest.raises(ParameterError, match=f"{name}='{text}' is not"):
+        parameters.from_texts(GOOD | {name: text})
+
+
+def test_a_store_that_is_not_named_stays_out_of_the_notebook(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/secret.db")
+    assert parameters.from_texts(GOOD | {"tracking_uri": ""}) == GOOD | {"tracking_uri": ""}
 
 
 def test_in_a_notebook_the_error_is_one_line():

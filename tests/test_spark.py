@@ -101,7 +101,7 @@ def test_notebook_02_scores_its_table_with_spark_and_shows_the_champions_answers
 ):
     """Of an ONNX folder, which leaves the notebook one candidate to measure."""
     model = str(tiny_phi3_onnx)
-    switches = {"model": model, "max_new_tokens": "9", "serve": "False", "spark": "True"}
+    switches = {"model": model, "max_new_tokens": "9", "serve": "False", "spark": "True", "questions": "20"}
     given = [part for name, value in switches.items() for part in ("-p", name, value)]
     store = f"sqlite:///{tmp_path}/mlflow.db"
     given += ["-p", "tracking_uri", store, "--output", str(tmp_path)]

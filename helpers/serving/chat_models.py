@@ -177,14 +177,20 @@ class PipelineCompletion:
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text as it is decoded, up to the first stop text. Raises what decoding raised."""
+        from helpers.models.onnx_chat_model import first_stop, possible_stop
+
         held = ""
         for piece in self._pieces:
-            ready, held, stopped = split_at_stop(held + piece, self._stop)
-            yield ready
-            if stopped:
+            text = held + piece
+            stop = first_stop(text, self._stop)
+            if stop is not None:
                 self.finish_reason = "stop"
                 self.close()
+                held = text[:stop]
                 break
+            ready = possible_stop(text, self._stop)
+            yield text[:ready]
+            held = text[ready:]
         self._decoding.result()
         yield held
 
@@ -228,19 +234,3 @@ class PipelineCompletion:
         if output[0, -1].item() in np.atleast_1d(model.generation_config.eos_token_id):
             return "stop"
         return "closed" if self._closed.is_set() else "length"
-
-
-def split_at_stop(text: str, stops: list[str]) -> tuple[str, str, bool]:
-    """Split a text that still grows.
-
-    Returns:
-        What is sure to be shown, what may be the beginning of a stop text, and whether a stop text was found;
-        then nothing is kept back.
-    """
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    if found:
-        return text[: min(found)[1]], "", True
-    for at in range(len(text)):
-        if any(stop.startswith(text[at:]) for stop in stops):
-            return text[:at], text[at:], False
-    return text, "", False

@@ -43,7 +43,7 @@ def declared(notebook: Path) -> dict[str, dict]:
 
 
 def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, object]]:
-    """Pair each chosen notebook with its share of the given parameters, converted to the declared types.
+    """Pair each chosen notebook with its share of the given parameters.
 
     Args:
         names: "01", "02" or both; empty means both.
@@ -55,8 +55,7 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
         if name not in NOTEBOOKS:
             raise errors.ParameterError(f"There is no notebook {name!r}. Run {' or '.join(NOTEBOOKS)}.")
     chosen = {NOTEBOOKS[name]: declared(NOTEBOOKS[name]) for name in names or NOTEBOOKS}
-    known = {name: about for declaration in chosen.values() for name, about in declaration.items()}
-    values = {}
+    known = {name for declaration in chosen.values() for name in declaration}
     for name, text in given.items():
         if text != text.encode(errors="replace").decode():
             raise errors.ParameterError(f"{name}={text!r} is not UTF-8 text. Set it in a UTF-8 terminal.")
@@ -65,11 +64,12 @@ def select(names: list[str], given: dict[str, str]) -> dict[Path, dict[str, obje
             raise errors.ParameterError(
                 f"{name!r} is not a parameter of {books}. Theirs are: {', '.join(sorted(known))}."
             )
-        values[name] = parameters.convert(name, text, known[name]["inferred_type_name"])
-    model = parameters.check(**{"model": "smollm2-135m", "tracking_uri": "", **values})
+    checked = parameters.from_texts({"model": "smollm2-135m", "tracking_uri": "", **given})
+    values = {name: checked[name] for name in given}
     # The kernel starts in another folder than this process.
-    if isinstance(model.origin, catalog.Folder):
-        values["model"] = str(model.origin.path)
+    origin = catalog.find(checked["model"]).origin
+    if isinstance(origin, catalog.Folder):
+        values["model"] = str(origin.path)
     return {
         path: {name: values[name] for name in values if name in declaration}
         for path, declaration in chosen.items()

@@ -40,6 +40,8 @@ def run(notebook: str, model: Path, place: Path) -> subprocess.CompletedProcess:
         "max_new_tokens": 8,
         "tracking_uri": f"sqlite:///{place}/mlflow.db",
     }
+    if notebook == "02":
+        given["questions"] = 20
     words = [str(word) for name, value in given.items() for word in ("-p", name, value)]
     command = [sys.executable, "-m", "helpers", "run", notebook, *words, "--output", str(place / "out")]
     return subprocess.run(command, cwd=place, capture_output=True, encoding="utf-8")

@@ -60,7 +60,7 @@ def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
     (place / "sitecustomize.py").write_text(NOTE_IMPORTS, encoding="utf-8")
     path = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
     notes = place / "imports.txt"
-    _helpers(hub, place, "run", "02", *given, PYTHONPATH=path, NOTES=str(notes))
+    _helpers(hub, place, "run", "02", *given, "-p", "questions", "20", PYTHONPATH=path, NOTES=str(notes))
     weights = place / "weights" / "phi-3-mini"
     alone = [folder.name for folder in weights.glob("[!.]*")]
     _helpers(hub, place, "run", "01", *given)

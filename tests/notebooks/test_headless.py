@@ -73,7 +73,7 @@ def test_papermill_runs_it_from_another_folder_with_other_parameters_and_servers
     for variable, secret in SECRETS.items():
         monkeypatch.setenv(variable, secret)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    extra = {"precision": "fp32", "threads": 1} if name == "02" else {}
+    extra = {"precision": "fp32", "threads": 1, "questions": 20} if name == "02" else {}
     executed = tmp_path / f"{name}.ipynb"
     given = {**TINY, "tracking_uri": store, **extra}
     papermill.execute_notebook(notebooks.NOTEBOOKS[name], executed, parameters=given, progress_bar=False)
@@ -97,12 +97,13 @@ def finished(tiny_phi3_checkpoint, tiny_phi3_onnx, tmp_path_factory) -> tuple[Pa
     shell = f"$(touch {folder}/pwned) `touch {folder}/pwned` !touch {folder}/pwned"
     question = f"Say 'a' \"b\"\n{{x}}\\ __import__('os').abort() {shell}\n<img src=x onerror=alert(1)>"
     shared = {"serve": False, "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    own = {"01": {"question": question}, "02": {"model": tiny_phi3_onnx, "questions": 20}}
     said = ""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        for number, own in {"01": {"question": question}, "02": {"model": tiny_phi3_onnx}}.items():
-            wanted = TINY | shared | own
+        for number, values in own.items():
+            wanted = TINY | shared | values
             given = [word for name, value in wanted.items() for word in ("-p", name, str(value))]
             command = [sys.executable, "-m", "helpers", "run", number, *given, "--output", folder / "out"]
             result = subprocess.run(command, cwd=folder, capture_output=True, text=True)

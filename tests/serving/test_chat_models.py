@@ -7,6 +7,7 @@ import pytest
 from serving_support import COUNT, HOSTILE, QUESTION, body, running, with_system
 from support import connected
 
+from helpers.models.onnx_chat_model import first_stop, possible_stop
 from helpers.serving import chat_models
 
 pytestmark = pytest.mark.server
@@ -35,16 +36,21 @@ def test_a_models_version_is_known_however_it_was_asked_for(tiny_uri, store):
 
 
 @pytest.mark.parametrize(
-    ("text", "stops", "expected"),
+    ("text", "stops", "shown", "kept_back", "stopped"),
     [
-        ("one, two", [], ("one, two", "", False)),
-        ("one, two", ["to", "tw"], ("one, ", "", True)),
-        ("one, t", ["to", "tw"], ("one, ", "t", False)),
-        ("aab", ["abc", "b"], ("aa", "", True)),
+        ("one, two", [], "one, two", "", False),
+        ("one, two", ["to", "tw"], "one, ", "", True),
+        ("one, t", ["to", "tw"], "one, ", "t", False),
+        ("aab", ["abc", "b"], "aa", "", True),
     ],
 )
-def test_a_beginning_of_a_stop_text_is_kept_back(text, stops, expected):
-    assert chat_models.split_at_stop(text, stops) == expected
+def test_a_beginning_of_a_stop_text_is_kept_back(text, stops, shown, kept_back, stopped):
+    stop = first_stop(text, stops)
+    assert (stop is not None) == stopped
+    ready = stop if stopped else possible_stop(text, stops)
+    assert text[:ready] == shown
+    if not stopped:
+        assert text[ready:] == kept_back
 
 
 # ---- the Transformers flavour, served ----

@@ -175,7 +175,7 @@ def test_a_learner_gets_in_on_a_server_that_is_busy_with_twenty_nine_others(busy
 
 @pytest.mark.timeout(1800)  # two notebooks, on any machine
 def test_both_notebooks_log_to_it_headless_into_a_workspace_of_their_own(server, tmp_path):
-    given = {"model": "tiny-phi3", "max_new_tokens": 9, "serve": False, "precision": "fp32"}
+    given = {"model": "tiny-phi3", "max_new_tokens": 9, "serve": False, "precision": "fp32", "questions": 20}
     given |= {"tracking_uri": server, "experiment": "Anna B."}
     parameters = [part for name, value in given.items() for part in ("-p", name, str(value))]
     result = subprocess.run(

@@ -263,6 +263,8 @@ def run(name: str, folder) -> nbformat.NotebookNode:
     ]
     nbformat.write(book, folder / "student.ipynb")
     parameters = {"model": "tiny-phi3", "tracking_uri": f"sqlite:///{folder}/mlflow.db", "serve": False}
+    if name == "02":
+        parameters["questions"] = 20
     return papermill.execute_notebook(
         folder / "student.ipynb", folder / "executed.ipynb", parameters, progress_bar=False
     )

@@ -117,7 +117,7 @@ def room(cut_off, wheelhouse, weights, tmp_path_factory) -> Path:
     folder = clone(tmp_path_factory.mktemp("room"))
     ran = cut_off(
         *("make", "run", f"WHEELHOUSE={wheelhouse}", f"PYTHON={sys.executable}", "MODEL=tiny-phi3"),
-        "PARAMS=-p offline True -p max_new_tokens 9",
+        "PARAMS=-p offline True -p max_new_tokens 9 -p questions 20",
         cwd=folder,
         WEIGHTS_DIR=weights,
         UV_CACHE_DIR=tmp_path_factory.mktemp("cache"),  # empty: all comes from the wheelhouse

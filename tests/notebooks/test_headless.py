@@ -153,8 +153,8 @@ def test_the_command_line_leaves_notebooks_pages_and_candidates(finished):
     ("given", "sentence"),
     [
         (["-p", "max_tokens", "5"], "'max_tokens' is not a parameter of"),
-        (["-p", "max_new_tokens", "0"], "max_new_tokens=0 is not a whole number from 1"),
-        (["-p", "offline", "maybe"], "offline='maybe' is not true or false"),
+        (["-p", "max_new_tokens", "0"], "max_new_tokens='0' is not a whole number from 1"),
+        (["-p", "offline", "maybe"], "offline='maybe' is not True or False"),
         (["-p", "precision", "int5"], "precision='int5' is not one of fp32, int8, int4"),
         (["-p", "model", "phi-33"], "model='phi-33' is not one of smollm2-135m, phi-3-mini"),
         (["01", "-p", "precision", "int4"], "'precision' is not a parameter of 01_TransformerPipeline.ipynb"),

@@ -37,7 +37,7 @@ def _before_set_up(words: list[str]) -> int:
         from helpers.workshop import doctor
 
         return doctor.report()
-    print("error: the packages are not installed here. Run: make setup", file=sys.stderr)
+    print("error: this Python lacks the packages. Run make setup, then .venv/bin/python", file=sys.stderr)
     return 2
 
 

@@ -70,5 +70,5 @@ def test_before_set_up_a_command_names_the_next_step(words):
     ended = bare(*words)
     assert (ended.returncode, ended.stderr) == (
         2,
-        "error: the packages are not installed here. Run: make setup\n",
+        "error: this Python lacks the packages. Run make setup, then .venv/bin/python\n",
     )

@@ -109,10 +109,16 @@ def test_mlflow_run_executes_a_notebook_in_this_environment_with_awkward_values_
 
 @pytest.mark.kernel
 def test_the_documented_command_runs_as_it_stands(project):
-    """Store and output are the clone's own, as a reader's are."""
+    """README's lines, in a shell that knew nothing of the environment; the store is the clone's own."""
     command = "mlflow run . -e custom_python_wrapper -P model=tiny-phi3 --env-manager local"
     assert command in (project / "MLproject").read_text("utf-8")
-    result = subprocess.run(command.split(), cwd=project, capture_output=True, text=True)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = readme[readme.index("source .venv/bin/activate") : readme.index(command) + len(command)]
+    (project / ".venv").symlink_to(sys.prefix)
+    plain = os.environ | {"PATH": os.defpath}
+    result = subprocess.run(
+        ["bash", "-e", "-c", lines], cwd=project, capture_output=True, text=True, env=plain
+    )
     assert result.returncode == 0, result.stderr
     assert executed(project, "custom_python_wrapper")["model"] == "tiny-phi3"
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")

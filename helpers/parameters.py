@@ -85,11 +85,13 @@ def check(**given: object) -> catalog.Model:
 def from_texts(given: dict[str, str]) -> dict[str, object]:
     """Turn a command line's parameters into what their fields declare. Raises what `check` raises."""
     checked = _checked(Parameters.model_validate_strings, given)
+    values = {name: getattr(checked, name) for name in given}
+    for name, value in values.items():
+        # pydantic would take 1, on and yes as well.
+        if isinstance(value, bool) and given[name].lower() not in ("true", "false"):
+            raise _refused(name, repr(given[name]))
     # A text stays as it was written. The check gives a store's address another form, perhaps with a password.
-    return {
-        name: text if isinstance(value := getattr(checked, name), str) else value
-        for name, text in given.items()
-    }
+    return {name: given[name] if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _checked(validate: Callable[[dict], Parameters], given: dict) -> Parameters:
@@ -108,8 +110,14 @@ def _checked(validate: Callable[[dict], Parameters], given: dict) -> Parameters:
             f"{name}={value!r} is not a text. papermill's -p reads numbers, True and False as what they look "
             f"like; -r leaves them a text: -r {name} {value} In the notebook's cell, put it in quotes."
         )
+    # A number out of its range is shown as one, also where it came as text.
+    raise _refused(name, value if "than" in first["type"] else repr(value))
+
+
+def _refused(name: str, shown: object) -> ParameterError:
+    field = Parameters.model_fields[name]
     setting = _setting(name, field.examples[0])
-    raise ParameterError(f"{name}={value!r} is not {field.description}. Set it with {setting}")
+    return ParameterError(f"{name}={shown} is not {field.description}. Set it with {setting}")
 
 
 def _setting(name: str, value: str) -> str:

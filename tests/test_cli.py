@@ -42,7 +42,7 @@ def test_make_lists_its_targets():
         ("serve --host 203.0.113.1 --api-key k", "host='203.0.113.1'"),
         ("run 03", "There is no notebook '03'"),
         ("run -p seed", "a name and a value are needed, as in: -p max_new_tokens 16"),
-        ("run 02 -p seed -1", "seed='-1' is not a whole number from 0"),
+        ("run 02 -p seed -1", "seed=-1 is not a whole number from 0"),
         ("run 01 -p model a=b", "model='a=b' is not one of"),
         ("run -p sede 7", "'sede' is not a parameter of"),
         ("ui --tracking-uri mlruns", "--tracking-uri='mlruns' is not"),

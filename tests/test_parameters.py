@@ -247,7 +247,11 @@ def test_command_line_text_becomes_the_declared_type(name, text, value):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("serve", "maybe"), ("seed", "1.5"), ("seed", "lots"), ("max_new_tokens", "0"), ("spark", "maybe")],
+    [
+        *[("serve", word) for word in ("yes", "1", "on", "maybe")],
+        *[("seed", text) for text in ("1.5", "lots")],
+        *[("spark", word) for word in ("yes", "1", "maybe")],
+    ],
 )
 def test_text_of_another_type_is_refused(name, text):
     with pytest.raises(ParameterError, match=f"{name}='{text}' is not"):

@@ -153,7 +153,7 @@ def test_the_command_line_leaves_notebooks_pages_and_candidates(finished):
     ("given", "sentence"),
     [
         (["-p", "max_tokens", "5"], "'max_tokens' is not a parameter of"),
-        (["-p", "max_new_tokens", "0"], "max_new_tokens='0' is not a whole number from 1"),
+        (["-p", "max_new_tokens", "0"], "max_new_tokens=0 is not a whole number from 1"),
         (["-p", "offline", "maybe"], "offline='maybe' is not True or False"),
         (["-p", "precision", "int5"], "precision='int5' is not one of fp32, int8, int4"),
         (["-p", "model", "phi-33"], "model='phi-33' is not one of smollm2-135m, phi-3-mini"),

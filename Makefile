@@ -45,10 +45,10 @@ run: setup ## run both notebooks headless into out/
 test: setup ## check the style, run both notebooks and the quick tests (under ten minutes)
 	$(STYLE)
 	$(FAST)
-	@echo "Left out, for they take 50 minutes: attempts at exercises, browser, classroom, container, environment,"
+	@echo "Left out, for they take 20 to 50 minutes: attempts at exercises, browser, classroom, container, environment,"
 	@echo "faults, most of kernel, models and server, network, soak and spark. To run them: make test-slow"
 
-test-slow: setup ## run the tests that make test leaves out (50 minutes)
+test-slow: setup ## run the tests that make test leaves out (20 to 50 minutes)
 	$(SLOW)
 
 test-all: setup ## run all that make test and make test-slow run

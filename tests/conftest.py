@@ -42,6 +42,31 @@ def _own_store():
     mlflow.set_tracking_uri(_STORE_URI)  # which sets MLFLOW_TRACKING_URI too
 
 
+@pytest.fixture(autouse=True)
+def _same_store():
+    """A store that a test chooses lies in its own folder, and goes with it."""
+    before = mlflow.get_tracking_uri()
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory, request) -> Iterator[Callable[[str], Path]]:
+    """module_folder(name): a folder for a module's tests. pytest keeps its own until the whole run has ended;
+    this one goes after the last of them, unless a test has failed and somebody wants to look.
+    """
+    made = []
+
+    def make(name: str) -> Path:
+        made.append(tmp_path_factory.mktemp(name))
+        return made[-1]
+
+    yield make
+    if not request.session.testsfailed:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_phi3_checkpoint() -> Path:
     """A Transformers folder with Phi-3's architecture at toy size and random weights."""

@@ -138,7 +138,6 @@ def program(words: list, folder: Path, env: dict[str, str]) -> Iterator[psutil.P
 @pytest.fixture
 def registry(tiny_phi3_onnx, tmp_path) -> Iterator[str]:
     """An MLflow server that also hands out the artifacts; its `slm-onnx@champion` is the watched model."""
-    before = mlflow.get_tracking_uri()
     port = processes.free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
@@ -165,7 +164,6 @@ def registry(tiny_phi3_onnx, tmp_path) -> Iterator[str]:
         client = mlflow.MlflowClient()
         client.set_registered_model_alias("slm-onnx", "champion", logged.registered_model_version)
         yield url
-    mlflow.set_tracking_uri(before)
 
 
 def spark_cell() -> str:

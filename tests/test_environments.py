@@ -23,9 +23,9 @@ CANDIDATE = "models:/slm-onnx@candidate"
 
 
 @pytest.fixture(scope="module")
-def project(uv_variables, tmp_path_factory) -> Path:
+def project(uv_variables, module_folder) -> Path:
     """A clone after `mlflow run` of notebook 02 for the toy model, in an environment made for it."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = module_folder("project")
     for name in ("MLproject", "python_env.yaml", "requirements.lock"):
         shutil.copy(ROOT / name, folder)
     for name in ("helpers", "notebooks"):

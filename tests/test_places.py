@@ -45,13 +45,6 @@ def log_both(weights: Path) -> None:
         mlflow.MlflowClient().set_registered_model_alias(name, "candidate", version.version)
 
 
-@pytest.fixture(autouse=True)
-def _own_store():
-    before = mlflow.get_tracking_uri()
-    yield
-    mlflow.set_tracking_uri(before)
-
-
 @pytest.fixture(scope="module")
 def weights(tiny_phi3_checkpoint, tiny_phi3_onnx, tmp_path_factory) -> Path:
     """A weights folder of its own, with tiny-phi3 in it."""

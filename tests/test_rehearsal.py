@@ -55,11 +55,9 @@ def test_logging_in_place_adds_the_model_once(place: Path):
 @pytest.fixture
 def in_place(monkeypatch, tmp_path):
     """The module, in a store of its own."""
-    before = mlflow.get_tracking_uri()
     tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "in place")
     monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("in_place")
-    mlflow.set_tracking_uri(before)
+    return importlib.import_module("in_place")
 
 
 def test_a_model_logged_in_place_is_one_like_any_other(in_place, tiny_phi3_onnx: Path):

@@ -21,13 +21,6 @@ from helpers.workshop import classroom
 pytestmark = pytest.mark.command
 
 
-@pytest.fixture(autouse=True)
-def _own_store():
-    before = mlflow.get_tracking_uri()
-    yield
-    mlflow.set_tracking_uri(before)
-
-
 @pytest.fixture
 def sqlite_uri(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/mlflow.db"

@@ -17,8 +17,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("families")
+def place(module_folder) -> Path:
+    return module_folder("families")
 
 
 @pytest.fixture

@@ -41,11 +41,7 @@ def test_a_pickle_beside_a_model_from_code_is_refused_by_its_name(name, tmp_path
 
 
 def test_what_the_notebooks_log_is_let_through_under_each_of_its_names(registered_onnx):
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(registered_onnx)
-    try:
-        for uri in ("models:/slm-onnx@champion", "models:/slm-onnx/1"):
-            logged.check(uri)
-            logged.check(f"models:/{mlflow.models.get_model_info(uri).model_id}")
-    finally:
-        mlflow.set_tracking_uri(before)
+    for uri in ("models:/slm-onnx@champion", "models:/slm-onnx/1"):
+        logged.check(uri)
+        logged.check(f"models:/{mlflow.models.get_model_info(uri).model_id}")

@@ -215,10 +215,7 @@ def is_pickle(path: Path) -> bool:
     return named or start in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or zipfile.is_zipfile(path)
 
 
-def test_logged_models_hold_no_pickle(
-    tmp_path, tiny_phi3_checkpoint, tiny_phi3_onnx, log_wrapper, monkeypatch
-):
-    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+def test_logged_models_hold_no_pickle(tmp_path, tiny_phi3_checkpoint, tiny_phi3_onnx, log_wrapper):
     tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "pickles")
     with mlflow.start_run():
         log_wrapper(tiny_phi3_onnx)

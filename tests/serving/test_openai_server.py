@@ -480,7 +480,7 @@ def test_a_traced_call_holds_inputs_outputs_usage_and_version(keyed, store):
 @pytest.fixture
 def workspaces(tmp_path):
     """The URL of an MLflow server with workspaces, as a classroom's; this process uses its default one."""
-    port, before = free_port(), mlflow.get_tracking_uri()
+    port = free_port()
     # fmt: off
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
                "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--workers", "1",
@@ -490,7 +490,6 @@ def workspaces(tmp_path):
         mlflow.set_tracking_uri(url)
         mlflow.set_experiment("models")  # The one that tests before this chose is another store's.
         yield url
-        mlflow.set_tracking_uri(before)
 
 
 def test_tracing_finds_the_model_in_its_workspace_and_leaves_its_traces_there(workspaces, tmp_path):

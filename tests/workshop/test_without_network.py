@@ -68,9 +68,9 @@ def cut_off(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, tiny_phi3_checkpoint, smollm2_checkpoint) -> Path:
+def weights(module_folder, tiny_phi3_checkpoint, smollm2_checkpoint) -> Path:
     """What was carried into the room: the models' folders. The big one by links, for it is only read."""
-    folder = tmp_path_factory.mktemp("stick") / "weights"
+    folder = module_folder("stick") / "weights"
     tiny = catalog.find("tiny-phi3")
     converted = [export.onnx_folder(tiny, precision) for precision in export.compared(tiny)]
     for source in (tiny_phi3_checkpoint, *converted):
@@ -88,9 +88,9 @@ def _link(source: str, target: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheelhouse(tmp_path_factory) -> Path:
+def wheelhouse(module_folder) -> Path:
     """What was carried into the room: every wheel."""
-    folder = tmp_path_factory.mktemp("stick") / "wheelhouse"
+    folder = module_folder("stick") / "wheelhouse"
     made = subprocess.run(
         [sys.executable, "-m", "helpers", "wheelhouse", "--output", folder],
         cwd=ROOT,
@@ -112,15 +112,15 @@ def clone(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def room(cut_off, wheelhouse, weights, tmp_path_factory) -> Path:
+def room(cut_off, wheelhouse, weights, module_folder) -> Path:
     """A clone after `make run` without a network: set up from the wheelhouse, both notebooks run."""
-    folder = clone(tmp_path_factory.mktemp("room"))
+    folder = clone(module_folder("room"))
     ran = cut_off(
         *("make", "run", f"WHEELHOUSE={wheelhouse}", f"PYTHON={sys.executable}", "MODEL=tiny-phi3"),
         "PARAMS=-p offline True -p max_new_tokens 9 -p questions 20",
         cwd=folder,
         WEIGHTS_DIR=weights,
-        UV_CACHE_DIR=tmp_path_factory.mktemp("cache"),  # empty: all comes from the wheelhouse
+        UV_CACHE_DIR=module_folder("cache"),  # empty: all comes from the wheelhouse
         UV_COMPILE_BYTECODE="0",  # what one run imports is compiled sooner than all packages
     )
     assert ran.returncode == 0, ran.stderr

@@ -28,8 +28,7 @@ def run_command(words: list[str]) -> int:
     try:
         code = app(_joined(words), prog_name="python -m helpers", standalone_mode=False) or 0
     except typer.TyperException as error:
-        message = error.format_message().removesuffix(".")
-        return _failed(f"{message}. See: python -m helpers --help", error.exit_code)
+        return _failed(_sentence(error), error.exit_code)
     except ValueError as error:  # every bad value of ours is one, with a sentence of its own
         return _failed(error, 2)
     except (RuntimeError, OSError) as error:
@@ -37,6 +36,17 @@ def run_command(words: list[str]) -> int:
     if code == INTERRUPTED:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
     return code
+
+
+def _sentence(error: typer.TyperException) -> str:
+    """What is wrong with the words of a command. Of a number: its value, the range, an example."""
+    option = getattr(error, "param", None)
+    if error.__cause__ is None or getattr(option, "min", None) is None:
+        return f"{error.format_message().removesuffix('.')}. See: python -m helpers --help"
+    name, value = option.opts[0], error.__cause__.errors()[0]["input"]
+    kind = "whole number" if isinstance(option.min, int) else "number"
+    allowed = f"a {kind} from {option.min:,} to {option.max:,}"
+    return f"{name} {value} is not {allowed}. For example: {name} {option.default}"
 
 
 def _failed(reason: object, code: int) -> int:
@@ -127,7 +137,7 @@ def fetch(
     from helpers.models import catalog, export, fetch
     from helpers.models.folders import verify, weights_dir
 
-    chosen = catalog.find(model)
+    chosen = catalog.find(model, "fetch")
     folders = [fetch.checkpoint(chosen, offline=offline)]
     for each in precision or export.compared(chosen):
         folders.append(export.onnx_folder(chosen, each, offline=offline))
@@ -187,7 +197,9 @@ def serve(
         str | None, Option(help="Asked of clients; better given as OPENAI_SERVER_API_KEY.")
     ] = None,
     tracking_uri: Store = "",
-    trace_sampling: Annotated[float, Option(min=0, max=1, help="Share of answers that leave a trace.")] = 0.0,
+    trace_sampling: Annotated[
+        float, Option(min=0.0, max=1.0, help="Share of answers that leave a trace.")
+    ] = 0.0,
     max_queue: Annotated[int, Option(min=1, max=10_000, help="Requests at once; more get 429.")] = 64,
     max_body: Annotated[int, Option(min=1, max=1_000_000_000, help="Bytes of a request.")] = 1_000_000,
     timeout: Annotated[float, Option(min=0.1, max=86_400, help="Seconds for an answer.")] = 600,

@@ -43,6 +43,11 @@ def explain(error: BaseException) -> str | None:
     if gone := re.search(r"No such artifact: '(.*)'", text):
         named = f" ({gone[1]})" if gone[1] else ""
         return f"Files of this model or run{named} are gone from the MLflow store. {START_OVER}"
+    if missing := re.search(r"(Registered model alias|Registered Model|Model Version) .+ not found", text):
+        return (
+            f"{missing[0]} in this MLflow store. `make run` registers slm-transformers and slm-onnx; "
+            "`make ui` shows what is registered."
+        )
     address = re.search(r"API request to (https?://[^/\s]+)", text)
     if address and _mentions(text, _SILENT):
         return (

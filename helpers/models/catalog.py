@@ -114,11 +114,11 @@ CATALOGUE = {model.key: model for model in (SMOLLM2, PHI3_MINI, TINY_PHI3)}
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 
 
-def find(name: str) -> Model:
+def find(name: str, setting: str = "-p model") -> Model:
     """The model called `name`: catalogue key, local folder, or Hub id (`org/name` or `org/name@revision`).
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these; the message says how to set it, by `setting`.
     """
     if name in CATALOGUE:
         return CATALOGUE[name]
@@ -130,16 +130,14 @@ def find(name: str) -> Model:
         return _hub(match["repo"], match["revision"] or "main")
     raise ValueError(
         f"model={name!r} is not one of {', '.join(CATALOGUE)}, nor a folder, nor a Hub id like org/name. "
-        "Set it with -p model smollm2-135m."
+        f"Set it with {setting} smollm2-135m."
     )
 
 
 def check_precision(name: object) -> None:
     """Raise ValueError unless `name` is a precision that models are exported in."""
     if name not in PRECISIONS:
-        raise ValueError(
-            f"precision={name!r} is not one of {', '.join(PRECISIONS)}. Set it with -p precision int4."
-        )
+        raise ValueError(f"precision={name!r} is not one of {', '.join(PRECISIONS)}. For example: int4")
 
 
 def _local(name: str, path: Path) -> Model:

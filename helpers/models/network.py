@@ -57,7 +57,9 @@ def hub_fault(error: Exception, repo: str, revision: str) -> str:
         when = f"in {wait} s" if wait.isdigit() else "later"  # It may also be a date.
         return f"The Hub has had too many requests from here (429). Try again {when}, or set HF_TOKEN."
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
-    step = wrong_setting(HUB) or "Check the network and try again: it goes on from here."
+    endpoint = os.environ.get("HF_ENDPOINT", "").rpartition("@")[2]
+    asked = f"HF_ENDPOINT names the Hub {endpoint}. " if endpoint else ""
+    step = wrong_setting(HUB) or f"{asked}Check the network and try again: it goes on from here."
     return f"{repo} could not be fetched ({cause}). {step}"
 
 

@@ -6,7 +6,6 @@ an answer that looks right but did not do what was asked is worse than an error.
 
 from __future__ import annotations
 
-import codecs
 import json
 from typing import Annotated, Any, Literal
 
@@ -165,7 +164,9 @@ class ChatRequest(_KnownFields):
 def parse(body: bytes) -> ChatRequest:
     """Read and check a request's body. Raises ApiError 400, which names the field."""
     try:
-        return ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
+        return ChatRequest.model_validate_json(body.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False)[0]) from None
 

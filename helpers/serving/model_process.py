@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from helpers import processes, tracking
+from helpers import faults, processes, tracking
 from helpers.serving import chat_models, metrics
 from helpers.serving.chat_request import ApiError
 
@@ -154,7 +154,7 @@ def main() -> None:
             mlflow.tracing.disable()
     except Exception as error:
         log.debug("loading failed", exc_info=True)
-        print(json.dumps(str(error) or repr(error)), file=events, flush=True)
+        print(json.dumps(faults.explain(error) or str(error) or repr(error)), file=events, flush=True)
         return
     print(json.dumps(asdict(served)), file=events, flush=True)
     worker = Worker(served, start, events)

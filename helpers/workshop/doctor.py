@@ -43,7 +43,7 @@ def report(model: str = "smollm2-135m", tracking_uri: str = "") -> int:
     if findings["packages"][0] == OK:
         from helpers.models import catalog
 
-        chosen = catalog.find(model)
+        chosen = catalog.find(model, "--model")
         findings |= {"model": _model(chosen), "disk": _disk(chosen), "store": _store(tracking_uri)}
     for topic, (state, text) in findings.items():
         print(f"{state:<7}{topic:<12}{' '.join(text.split())}")

@@ -81,7 +81,7 @@ def _is_own(path: Path, command: str) -> bool:
             return book.metadata.get(KEY) == _of_notebook(book, command)
         text = path.read_text(encoding="utf-8")
         return text == stamped(text.rpartition("\n<!-- ")[0], command)
-    except (ValueError, AttributeError):  # not a text, or not a notebook
+    except Exception:  # What cannot be read is not what the command wrote.
         return False
 
 

@@ -192,7 +192,9 @@ def test_a_hub_that_goes_away_in_the_middle_is_reported_and_the_next_command_goe
         wait_until(lambda: part_has_arrived(weights))
     said = fail(process, weights)
     assert said.startswith(f"{CHECKPOINT} could not be fetched (ConnectError: ")
-    assert said.endswith("Check the network and try again: it goes on from here.")
+    assert said.endswith(
+        f"HF_ENDPOINT names the Hub {hub.url}. Check the network and try again: it goes on from here."
+    )
     with LocalHub(repositories, published.COMMITS).serve() as hub:
         succeed(start(hub, weights), weights)
         assert hub.starts(LARGE) == [PIECE]

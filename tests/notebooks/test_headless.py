@@ -258,6 +258,10 @@ def no_notebook(path):
     path.write_text("[]", encoding="utf-8")
 
 
+def json_of_another_kind(path):
+    path.write_text('{"mine": 1}', encoding="utf-8")
+
+
 def papermill_by_hand(path):
     papermill.execute_notebook(path, path, progress_bar=False)
 
@@ -371,6 +375,7 @@ def test_a_second_run_into_the_same_folder_waits_for_the_first(executed, tmp_pat
     [
         *((change, "page.ipynb") for change in (an_added_cell, another_output, a_text, no_notebook)),
         *((change, "page.ipynb") for change in (papermill_by_hand, the_students_edition)),
+        (json_of_another_kind, "page.ipynb"),
         *((change, "page.html") for change in (a_saved_page, a_text)),
         *((a_folder_by_its_name, name) for name in ("page.ipynb", "page.html")),
         *((a_link_by_its_name, name) for name in ("page.ipynb", "page.html")),

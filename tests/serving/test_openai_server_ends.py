@@ -177,4 +177,4 @@ def test_a_model_that_does_not_exist_is_one_sentence(store):
     error = process.communicate(timeout=600)[1].strip().splitlines()[-1]
     assert process.returncode == 1
     assert error.startswith("RuntimeError: models:/nobody@champion could not be loaded: ")
-    assert "nobody not found" in error
+    assert "nobody not found in this MLflow store. `make run` registers slm-transformers" in error

@@ -240,7 +240,7 @@ def refused(capsys, *arguments) -> tuple[int, str]:
         (["--host", "0.0.0.0"], "Say under which names"),
         (["--allowed-hosts", "*"], "allowed_hosts='*' is not a name"),
         (["--allowed-hosts", "http://teacher.local"], "allowed_hosts='http://teacher.local' is not a name"),
-        (["--workers", "0"], "'--workers': Input should be greater than or equal to 1"),
+        (["--workers", "0"], "--workers 0 is not a whole number from 1 to 64"),
     ],
 )
 def test_bad_values_end_before_anything_is_made(postgres, arguments, sentence, tmp_path, capsys):

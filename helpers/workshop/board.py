@@ -223,7 +223,8 @@ def _connect(tracking_uri: str) -> MlflowClient:
         client = MlflowClient(uri)
         client.list_workspaces()
     except (OSError, ValueError, MlflowException) as error:
-        wrong = "it has no workspaces" if isinstance(error, MlflowException) else f"no answer, {error}"
+        reason = getattr(error, "reason", error)
+        wrong = "it has no workspaces" if isinstance(error, MlflowException) else f"no answer, {reason}"
         raise RuntimeError(
             f"--tracking-uri {parameters.without_password(uri)} is no classroom's server ({wrong}). "
             "Start one with `make classroom`, or name its address: make board TRACKING_URI=http://192.168.1.20:5000"

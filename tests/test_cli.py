@@ -33,7 +33,7 @@ def test_make_lists_its_targets():
         ("fetch no-such-model", "model='no-such-model' is not one of smollm2-135m, phi-3-mini, tiny-phi3, "),
         ("fetch no-such-model", "Set it with fetch smollm2-135m."),
         ("doctor --model no-such-model", "Set it with --model smollm2-135m."),
-        ("fetch tiny-phi3 --precision int3", "precision='int3' is not one of fp32, int8, int4. For"),
+        ("fetch tiny-phi3 --precision int3", "precision='int3' is not one of fp32, int8, int4. Set it "),
         ("serve --port 99999", "--port 99999 is not a whole number from 1 to 65,535"),
         ("serve --port 0", "--port 0 is not a whole number from 1 to 65,535. For example: --port 8000"),
         ("serve --port eighty", "--port eighty is not a whole number from 1 to 65,535"),

@@ -137,7 +137,9 @@ def find(name: str, setting: str = "-p model") -> Model:
 def check_precision(name: object) -> None:
     """Raise ValueError unless `name` is a precision that models are exported in."""
     if name not in PRECISIONS:
-        raise ValueError(f"precision={name!r} is not one of {', '.join(PRECISIONS)}. For example: int4")
+        raise ValueError(
+            f"precision={name!r} is not one of {', '.join(PRECISIONS)}. Set it with --precision int4."
+        )
 
 
 def _local(name: str, path: Path) -> Model:

@@ -135,10 +135,10 @@ def test_a_request_over_its_time_is_shown_as_the_504_that_it_is(
         "mlflow_server": mlflow_server,
         "max_new_tokens": 1000,
         "messages": [long],
-        "table_of_prompts": pd.DataFrame({"prompt": [[prompt]] * 200}),
+        "table_of_prompts": pd.DataFrame({"prompt": [[prompt]] * 2_000}),
     }
     monkeypatch.setattr(mlflow_server, "serve", functools.partial(mlflow_server.serve, timeout=1))
-    source = source.replace("timeout=seconds)", "timeout=1)").replace("] * 2}", "] * 50}")
+    source = source.replace("timeout=seconds)", "timeout=1)").replace("] * 2}", "] * 2_000}")
     source = source.replace('{"max_new_tokens": 24, "stop": ["."]}', '{"max_new_tokens": 1000}')
     with connected(store):
         version = transformers_uri.rpartition("/")[2]

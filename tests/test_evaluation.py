@@ -208,9 +208,7 @@ def test_a_rate_needs_a_second_token(tokens, seconds, rate):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    before = mlflow.get_tracking_uri()
-    yield tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}", "evaluation")
-    mlflow.set_tracking_uri(before)
+    return tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}", "evaluation")
 
 
 def _log_onnx(folder):

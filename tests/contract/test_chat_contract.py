@@ -34,7 +34,6 @@ def loaded(tmp_path_factory, tiny_phi3_checkpoint):
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    before = mlflow.get_tracking_uri()
     tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}", "contract")
     pipeline = transformers.pipeline(
         "text-generation",
@@ -48,8 +47,7 @@ def loaded(tmp_path_factory, tiny_phi3_checkpoint):
         model_config={"max_new_tokens": 32, "do_sample": False},
         pip_requirements=tracking.requirements("mlflow", "transformers", "torch"),
     )
-    yield mlflow.pyfunc.load_model(info.model_uri)
-    mlflow.set_tracking_uri(before)
+    return mlflow.pyfunc.load_model(info.model_uri)
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,15 @@ BASE = "/user/reader/"  # as JupyterHub and Binder give it to each user
 
 
 @pytest.fixture(scope="module")
-def store(registered_onnx) -> Iterator[str]:
+def store(registered_onnx) -> str:
     """A store with a run, a registered champion and a trace; its URI."""
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(registered_onnx)
     mlflow.set_experiment("fixtures")
     with mlflow.start_span("answer", "CHAT_MODEL") as span:
         span.set_inputs({"prompt": "What is the capital of Spain?"})
         span.set_outputs("Madrid")
     mlflow.flush_trace_async_logging()
-    yield registered_onnx
-    mlflow.set_tracking_uri(before)
+    return registered_onnx
 
 
 @pytest.fixture(scope="module")

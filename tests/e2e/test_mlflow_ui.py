@@ -29,7 +29,6 @@ def store(pictures, log_wrapper, tmp_path_factory) -> Iterator[dict]:
     name, precision = ("smollm2-135m", "int8") if pictures else ("tiny-phi3", "fp32")
     model = catalog.find(name)
     folder = export.onnx_folder(model, precision)
-    before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGNAME", "reader")  # MLflow notes who ran it; a picture should not
         tracking.connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", EXPERIMENT)
@@ -41,7 +40,6 @@ def store(pictures, log_wrapper, tmp_path_factory) -> Iterator[dict]:
             "tokens": _trace_answers(wrapper, model),
             "runs": _length_study(wrapper, model),
         }
-    mlflow.set_tracking_uri(before)
 
 
 def _champion(log_wrapper, model, precision, folder) -> onnx_chat_model.Phi3Model:

@@ -100,10 +100,9 @@ def smollm2(smollm2_onnx) -> Phi3Model:
 
 
 @pytest.fixture(scope="module")
-def logged(tiny_phi3_onnx, tmp_path_factory) -> Iterator[str]:
+def logged(tiny_phi3_onnx, tmp_path_factory) -> str:
     """URI of the tiny model, logged as the tutorial does it, in a store of its own."""
     folder = tmp_path_factory.mktemp("store")
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     mlflow.create_experiment("wrapper", artifact_location=(folder / "artifacts").as_uri())
     mlflow.set_experiment("wrapper")
@@ -117,8 +116,7 @@ def logged(tiny_phi3_onnx, tmp_path_factory) -> Iterator[str]:
         model_config=DEFAULT_CONFIG | {"threads": 1},
         pip_requirements=["mlflow", "onnxruntime-genai"],
     )
-    yield info.model_uri
-    mlflow.set_tracking_uri(before)
+    return info.model_uri
 
 
 # Rows

@@ -52,7 +52,7 @@ def hub(tiny_phi3_checkpoint: Path, tiny_int4: Path) -> Iterator[LocalHub]:
 
 
 @pytest.fixture(scope="module")
-def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
+def run(hub: LocalHub, tmp_path_factory) -> SimpleNamespace:
     """Both notebooks on an empty machine, 02 first: its store, weights, pages, imports and the Hub's log."""
     place = tmp_path_factory.mktemp("phi3")
     uri = f"sqlite:///{place}/mlflow.db"
@@ -64,14 +64,12 @@ def run(hub: LocalHub, tmp_path_factory) -> Iterator[SimpleNamespace]:
     weights = place / "weights" / "phi-3-mini"
     alone = [folder.name for folder in weights.glob("[!.]*")]
     _helpers(hub, place, "run", "01", *given)
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     checkpoint, onnx = weights / "checkpoint", weights / "onnx-int4"
     asked = [(repo, path) for _, repo, path in hub.asked]
-    yield SimpleNamespace(
+    return SimpleNamespace(
         place=place, checkpoint=checkpoint, onnx=onnx, asked=asked, notes=notes, after_02=alone
     )
-    mlflow.set_tracking_uri(before)
 
 
 def _helpers(hub: LocalHub, place: Path, *arguments: object, **environment: str) -> None:
